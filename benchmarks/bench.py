@@ -1,0 +1,61 @@
+"""Our work beside the peers': `python benchmarks/bench.py [--repeats 5] [--only NAME]`.
+
+Each number is the median of interleaved repeats, and each repeat of each arm runs in a fresh process.
+Prints a table and writes benchmarks/results.json. Ratios can be compared between machines, seconds cannot.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from pcam_tp.core import atomic, progress
+
+HERE = Path(__file__).parent
+# name, work, our arm, peer, the peer's arm, target: how many times as fast as the peer
+CASES = [
+    ('batches', '6,000 patches, shuffled float32 batches of 64', 'batches_ours', 'torchvision.datasets.PCAM', 'batches_torchvision', 50),
+    ('batches', '6,000 patches, shuffled float32 batches of 64', 'batches_ours', 'array in memory', 'batches_ram', .8),
+    ('training step, fp32', 'small_cnn, batch of 64', 'step_small_cnn_fp32', 'plain loop, fp32', 'step_small_cnn_plain', None),
+    ('training step, defaults', 'small_cnn, batch of 64', 'step_small_cnn_default', 'plain loop, fp32', 'step_small_cnn_plain', 5),
+    ('training step, fp32', 'resnet18, batch of 64', 'step_resnet18_fp32', 'plain loop, fp32', 'step_resnet18_plain', None),
+    ('training step, defaults', 'resnet18, batch of 64', 'step_resnet18_default', 'plain loop, fp32', 'step_resnet18_plain', 1.8),
+    ('four CAMs, fp32', 'small_cnn, 32 patches', 'cam_small_cnn_ours', 'grad-cam, one patch at a time', 'cam_small_cnn_single', 10),
+    ('four CAMs, fp32', 'small_cnn, 32 patches', 'cam_small_cnn_ours', 'grad-cam, batch of 32', 'cam_small_cnn_batch', 6),
+    ('four CAMs, fp32', 'resnet18, 32 patches', 'cam_resnet18_ours', 'grad-cam, one patch at a time', 'cam_resnet18_single', 10),
+    ('four CAMs, fp32', 'resnet18, 32 patches', 'cam_resnet18_ours', 'grad-cam, batch of 32', 'cam_resnet18_batch', 6)]
+
+
+def measure(arm):
+    "Seconds of one arm in a fresh process."
+    done = subprocess.run([sys.executable, HERE/'arms.py', arm], capture_output=True, text=True)
+    if done.returncode: sys.exit(f'{arm} failed:\n{done.stderr[-2000:]}')
+    return float(done.stdout.split()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--repeats', type=int, default=5, help='interleaved repeats of every arm')
+    parser.add_argument('--only', default='', help='cases whose name or work contains this')
+    args = parser.parse_args()
+    cases = [c for c in CASES if args.only in c[0] or args.only in c[1]]
+    if not cases: sys.exit(f'--only {args.only!r} matches no case; names: {", ".join(sorted({c[0] for c in CASES}))}')
+    arms = list(dict.fromkeys(a for c in cases for a in (c[2], c[4])))
+    times = {a: [] for a in arms}
+    for a in progress([a for _ in range(args.repeats) for a in arms], 'benchmark'): times[a].append(measure(a))
+    rows = []
+    for name, work, ours, peer, theirs, target in cases:
+        o, p = statistics.median(times[ours]), statistics.median(times[theirs])
+        limit = p/target if target else None
+        rows.append(dict(name=name, work=work, ours_s=o, peer=peer, peer_s=p, ratio=p/o, limit_s=limit, over_limit=bool(limit and o > limit)))
+    print(pd.DataFrame(rows).to_string(index=False, float_format='{:.3g}'.format, na_rep='–'))
+    print(f'medians of {args.repeats} interleaved repeats; ratio = peer_s / ours_s; limit_s = peer_s / target')
+    if not args.only:
+        with atomic(HERE/'results.json') as tmp: tmp.write_text(json.dumps(rows, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,291 @@
+#!/usr/bin/env python3
+"""Run the notebooks in the order of their file names, each in a fresh Jupyter kernel of this very interpreter.
+
+    python scripts/run.py                  all of nbs/
+    python scripts/run.py 03 07 '9*'       some: number, name or glob
+    python scripts/run.py --out DIR        keep the executed copies
+    python scripts/run.py --refresh        write the outputs back into nbs/ (embedded data only; needs nbdev)
+
+PCAM_TP_SOURCE, PCAM_TP_BUDGET and PCAM_TP_HOME reach the notebooks. Cells that begin with `#| notest`, `#| slow`, `#| gpu`,
+`#| colab` (tst_flags of settings.ini) or `#| eval: false` are skipped, as nbdev_test skips them; `--flags slow` runs those too.
+Exit status: 0 all ran, 1 a notebook failed, 2 wrong use, 130 interrupted.
+"""
+import argparse, asyncio, json, os, re, shutil, signal, subprocess, sys, time
+from collections import Counter
+from configparser import ConfigParser
+from fnmatch import fnmatch
+from pathlib import Path
+
+import nbformat
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBEDDED = 'synthetic-quick'   # core.run_name() of the embedded data: the run whose outputs are committed
+README_FIGURES = ['03_gradcam_methods.png']            # figures/<run>/NAME that --refresh copies to figures/, where README.md shows them
+KERNEL_ARGS = ['--HistoryManager.hist_file=:memory:', '--IPKernelApp.log_level=40']   # 40: errors only
+TTY = sys.stdout.isatty()
+
+
+class Interrupted(Exception): "Ctrl-C or a polite kill."
+
+
+class Kernel(AsyncKernelManager):
+    "A kernel of the running interpreter, whatever other 'python3' kernels the user has."
+    @property
+    def kernel_spec(self):
+        return KernelSpec(argv=[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'],
+                          display_name='python3', language='python')
+
+
+def skip_flags():
+    "The cell directives that are not run, from settings.ini."
+    cfg = ConfigParser(interpolation=None)
+    cfg.read(ROOT/'settings.ini', encoding='utf-8')
+    return set(cfg['DEFAULT'].get('tst_flags', '').split())
+
+
+def skipped(cell, flags):
+    "Does the code `cell` begin with a directive of `flags`, or with `#| eval: false`?"
+    for line in cell.source.splitlines():
+        m = re.match(r'\s*#\s*\|\s*(\w+):?\s*(\w*)', line)
+        if not m:
+            if line.strip(): return False
+        elif m[1] in flags or (m[1], m[2].lower()) == ('eval', 'false'): return True
+    return False
+
+
+def code_cells(nb, flags):
+    "Index and cell of the code cells that a run executes."
+    return [(i, c) for i, c in enumerate(nb.cells) if c.cell_type == 'code' and c.source.strip() and not skipped(c, flags)]
+
+
+class Line:
+    "One line a notebook; on a terminal it ticks while the notebook runs."
+    def __init__(self, head, total):
+        self.head, self.k, self.total, self.start = head, 0, total, time.monotonic()
+        if not TTY: print(f'{head} … ', end='', flush=True)
+
+    def tick(self):
+        if TTY: print(f'\r\033[K{self.head} … {self.k}/{self.total} {duration(time.monotonic() - self.start)}', end='', flush=True)
+
+    def end(self, word):
+        if TTY: print(f'\r\033[K{self.head} … ', end='')
+        print(f'{duration(time.monotonic() - self.start)} {word}', flush=True)
+
+
+async def ticking(line):
+    while TTY:
+        line.tick()
+        await asyncio.sleep(1)
+
+
+def duration(s): return f'{s:.1f} s' if s < 100 else f'{int(s)//60} min {int(s)%60:02} s'
+
+
+def kernel_env():
+    "The environment of a kernel: this repository's library first, and switches that mean the same in nbs/ as here."
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
+    env.pop('MPLBACKEND', None)   # Jupyter sets its own: figures land in the notebook
+    env.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')   # a debugger's remark about frozen modules
+    if env.get('PCAM_TP_HOME'): env['PCAM_TP_HOME'] = os.path.abspath(env['PCAM_TP_HOME'])
+    if os.path.isdir(env.get('PCAM_TP_SOURCE', '')): env['PCAM_TP_SOURCE'] = os.path.abspath(env['PCAM_TP_SOURCE'])
+    return env
+
+
+async def execute(nb, cells, folder, line, timeout):
+    "Run `cells` of `nb` in a new kernel that works in `folder`; the kernel is gone afterwards, whatever happens."
+    km = Kernel()
+    client = NotebookClient(nb, km=km, timeout=timeout, startup_timeout=120)
+    ticker = asyncio.ensure_future(ticking(line))
+    try:
+        await km.start_kernel(cwd=str(folder), env=kernel_env(), extra_arguments=KERNEL_ARGS)
+        await client.async_start_new_kernel_client()
+        for line.k, (i, cell) in enumerate(cells, 1):
+            line.tick()
+            try: await client.async_execute_cell(cell, i)
+            except Exception as e:
+                e.where = f'code cell {line.k} of {len(cells)} (cell {i + 1} of {len(nb.cells)} in the notebook)'
+                e.source = cell.source
+                e.error = next((o for o in cell.outputs if o.output_type == 'error'), {})
+                raise
+    finally:
+        ticker.cancel()
+        if client.kc is not None: client.kc.stop_channels()
+        if km.has_kernel: await km.shutdown_kernel()   # interrupts, asks, and kills after 5 s
+
+
+async def interruptible(task):
+    "The result of coroutine `task`; Ctrl-C or a polite kill ends it, then raises Interrupted."
+    task, loop, stopped = asyncio.ensure_future(task), asyncio.get_running_loop(), []
+    def stop(*_):
+        stopped.append(1)
+        loop.call_soon_threadsafe(task.cancel)
+    old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try: return await task
+    except (Exception, asyncio.CancelledError):
+        if stopped: raise Interrupted from None   # nbclient turns the cancellation into "Kernel died"
+        raise
+    finally:
+        for s, h in old.items(): signal.signal(s, h)
+
+
+def explain(name, e):
+    "What a reader needs to find the fault: notebook, cell, source and the end of the traceback."
+    if isinstance(e, CellExecutionError): text = '\n'.join(e.error.get('traceback', [])) or f'{e.ename}: {e.evalue}'
+    elif isinstance(e, CellTimeoutError): text = 'The cell took longer than --timeout allows.'
+    elif isinstance(e, DeadKernelError): text = 'The kernel died: out of memory, or killed from outside.'
+    else: text = f'{type(e).__name__}: {e}'
+    text = re.sub(r'^-{30,}$', '', re.sub(r'\x1b\[[0-9;]*m', '', text), flags=re.M).strip().splitlines()
+    source = getattr(e, 'source', '').strip().splitlines()
+    source = source[:8] + ['…']*(len(source) > 8)
+    where = getattr(e, 'where', 'the kernel did not start')
+    return '\n'.join([f'\n{name}, {where}:', *('    ' + l for l in source), 'fails with', *('    ' + l for l in text[-14:]), ''])
+
+
+# ── what is written back ────────────────────────────────────────────────────────────────────────────────────────────
+def stable(outputs, old):
+    "`outputs` without what changes from run to run: stderr, progress bars, widgets, counts; timings alone are no change."
+    res = []
+    for o in outputs:
+        if o.get('name') == 'stderr' or 'application/vnd.jupyter.widget-view+json' in o.get('data', {}): continue
+        o = nbformat.from_dict(o)
+        if o.output_type == 'execute_result': o.execution_count = None
+        if o.output_type == 'stream':
+            o.text = re.sub(r'[^\n]*\r(?!\n)', '', o.text)
+            if not o.text.strip(): continue
+        res.append(o)
+    return old if masked(old) == masked(res) else res
+
+
+def masked(outputs):
+    "`outputs` as text, with durations and addresses blanked."
+    return re.sub(r'\b\d[\d.,]*(?= ?(?:µs|ms|s|min|h)\b)|(?<= at )0x[0-9a-f]+', '#', json.dumps(outputs, sort_keys=True, ensure_ascii=False))
+
+
+def write_back(path, before, nb, cells):
+    "Put the outputs of `cells` into the notebook at `path`, if it still is as it was `before`."
+    if path.read_bytes() != before: return 'ok, NOT written back: the file changed meanwhile'
+    new = nbformat.reads(before.decode(), as_version=4)
+    for i, cell in cells: new.cells[i].outputs = stable(cell.outputs, new.cells[i].outputs)
+    for c in new.cells: c.pop('execution_count', None); c.update({'execution_count': None} if c.cell_type == 'code' else {})
+    tmp = path.with_suffix('.tmp')
+    try:
+        tmp.write_text(nbformat.writes(new).rstrip('\n') + '\n', encoding='utf-8')
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
+    subprocess.run([sys.executable, '-c', 'import sys; from nbdev.clean import nbdev_clean; nbdev_clean(sys.argv[1])', str(path)], cwd=ROOT, check=True)
+    return 'ok' if path.read_bytes() == before else 'ok, refreshed'
+
+
+def copy_figures(home):
+    "Copy the README's figures from the run's folder to figures/; the names of those that are missing."
+    run, missing = home/'figures'/EMBEDDED, []
+    for name in README_FIGURES:
+        if not (run/name).exists(): missing.append(name); continue
+        (ROOT/'figures').mkdir(exist_ok=True)
+        shutil.copyfile(run/name, ROOT/'figures'/f'{name}.tmp')
+        os.replace(ROOT/'figures'/f'{name}.tmp', ROOT/'figures'/name)
+    if README_FIGURES: print(f'figures/: {len(README_FIGURES) - len(missing)} of {len(README_FIGURES)} figures for README.md')
+    if missing: print(f'not found in {shown(run)}: {", ".join(missing)}')
+    return missing
+
+
+# ── what a run made ─────────────────────────────────────────────────────────────────────────────────────────────────
+def shown(path):
+    "`path` relative to the working folder where that is shorter."
+    rel = os.path.relpath(path)
+    return f'{path if rel.startswith("..") else rel}/'
+
+
+def made(home, start):
+    "One line for each folder with files newer than `start`: figures and tables of the run, models, data."
+    kinds = {'.png': 'figure', '.csv': 'table', '.safetensors': 'model', '.h5': 'HDF5 file', '.html': 'page'}
+    found = {}
+    for top in ('figures', 'data'):
+        for p in sorted((home/top).rglob('*')):
+            try: new = p.is_file() and not p.name.startswith('.') and p.stat().st_mtime >= start
+            except OSError: continue
+            if new and p.suffix in kinds: found.setdefault(p.parent, Counter())[kinds[p.suffix]] += 1
+    for folder, n in found.items():
+        yield f'{shown(folder):32} ' + ', '.join(f'{v} {k}{"s"*(v > 1)}' for k, v in n.items())
+
+
+# ── command line ────────────────────────────────────────────────────────────────────────────────────────────────────
+def chosen(folder, names):
+    "The notebooks of `folder` that `names` (numbers, names, globs or paths) mean, in order."
+    every = sorted(p for p in folder.glob('*.ipynb') if not p.name.startswith(('_', '.')))
+    if not every: sys.exit(f'no notebooks in {folder}')
+    hits = {n: [p for p in every if fnmatch(p.stem, Path(n).stem) or p.stem.split('_')[0] == n] for n in names}
+    lost = [n for n, h in hits.items() if not h]
+    if lost: raise ValueError(f'no notebook called {", ".join(lost)}; there are {", ".join(p.stem for p in every)}')
+    return [p for p in every if not names or any(p in h for h in hits.values())]
+
+
+async def run_all(a, flags, home):
+    "Run every notebook of `a.notebooks`; the names of those that failed."
+    failed = []
+    for n, path in enumerate(a.notebooks, 1):
+        before = path.read_bytes()
+        nb = nbformat.reads(before.decode(), as_version=4)
+        cells = code_cells(nb, flags)
+        rest = sum(c.cell_type == 'code' and skipped(c, flags) for c in nb.cells)
+        note = f' ({rest} cell{"s"*(rest > 1)} skipped)' if rest else ''
+        line = Line(f'[{n:2}/{len(a.notebooks)}] {path.stem}', len(cells))
+        error = None
+        try: await interruptible(execute(nb, cells, path.parent, line, a.timeout))
+        except Interrupted:
+            line.end(f'interrupted in code cell {line.k} of {line.total}')
+            raise
+        except Exception as e: error = e
+        if a.out:
+            a.out.mkdir(parents=True, exist_ok=True)
+            nbformat.write(nb, a.out/path.name)
+        if error is None:
+            line.end((write_back(path, before, nb, cells) if a.refresh else 'ok') + note)
+            continue
+        line.end('FAILED')
+        print(explain(path.name, error), flush=True)
+        failed.append(path.stem)
+        if not a.keep_going: break
+    return failed, n
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('names', nargs='*', metavar='NOTEBOOK', help='number, name or glob; all of them without')
+    p.add_argument('--keep-going', action='store_true', help='go on after a notebook that failed')
+    p.add_argument('--refresh', action='store_true', help='write the outputs back, cleaned, and copy the figures of README.md')
+    p.add_argument('--out', type=Path, metavar='DIR', help='folder for the executed copies')
+    p.add_argument('--timeout', type=float, metavar='S', help='seconds that one cell may take (default: no limit)')
+    p.add_argument('--flags', default='', help='skipped kinds of cells to run all the same, such as "slow gpu"')
+    p.add_argument('--nbs', type=Path, default=ROOT/'nbs', metavar='DIR', help='folder of the notebooks (default: nbs/)')
+    a = p.parse_args()
+    try: a.notebooks = chosen(a.nbs.resolve(), a.names)
+    except ValueError as e: p.error(str(e))
+    if a.refresh:
+        import importlib.util
+        if importlib.util.find_spec('nbdev') is None: p.error('--refresh needs nbdev: pip install -e .[dev]')
+        for k, v in {'PCAM_TP_SOURCE': 'synthetic', 'PCAM_TP_BUDGET': 'quick'}.items():
+            if os.environ.setdefault(k, v) != v: p.error(f'{k}={os.environ[k]}: committed outputs come from the embedded data; unset it')
+    home = Path(os.environ.get('PCAM_TP_HOME') or (ROOT if a.nbs.resolve().is_relative_to(ROOT) else a.nbs))
+    start, clock, failed, ran, code = time.time(), time.monotonic(), [], 0, 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell ignores it for background jobs
+    try:
+        failed, ran = asyncio.run(run_all(a, skip_flags() - set(a.flags.split()), home))
+        code = int(bool(failed))
+    except (Interrupted, KeyboardInterrupt):
+        print('interrupted: the kernel was ended, finished notebooks keep what they made')
+        return 130
+    lines = list(made(home, start))
+    print('\nnew files:', *lines, sep='\n  ') if lines else print('\nno new files in figures/ and data/')
+    if a.refresh and not failed and copy_figures(home) and not a.names: code = 1
+    left = len(a.notebooks) - ran
+    print(f'{ran - len(failed)} of {len(a.notebooks)} notebooks ran in {duration(time.monotonic() - clock)}'
+          + (f'; failed: {", ".join(failed)}' if failed else '') + (f'; {left} not tried (--keep-going tries them)' if left else ''))
+    return code
+
+
+if __name__ == '__main__': sys.exit(main())

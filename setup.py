@@ -1,0 +1,28 @@
+"Package metadata: read from settings.ini, which nbdev shares."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+parser = ConfigParser(delimiters=['='], interpolation=None)
+parser.read(here/'settings.ini', encoding='utf-8')
+cfg = parser['DEFAULT']
+
+setup(
+    name=cfg['lib_name'],
+    version=cfg['version'],
+    description=cfg['description'],
+    long_description=(here/'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    keywords=cfg['keywords'].split(),
+    author=cfg['author'],
+    url=cfg['git_url'],
+    license='Apache-2.0',
+    classifiers=['Intended Audience :: Education', 'Intended Audience :: Science/Research',
+                 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+    packages=find_packages(include=[cfg['lib_name'], cfg['lib_name'] + '.*']),
+    python_requires='>=' + cfg['min_python'],
+    install_requires=cfg['requirements'].split(),
+    extras_require={'dev': cfg['dev_requirements'].split()},
+)

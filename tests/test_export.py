@@ -1,0 +1,91 @@
+"The library is what the notebooks export, and the notebooks are clean, small and portable."
+import ast, json, os, re, shutil, sys
+from pathlib import Path
+
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+
+from conftest import NOTEBOOKS, ROOT, run
+
+MACHINE_PATH = re.compile(r'(?<![\w.:/~-])/(?:work|root|tmp|home|Users|content)/[\w.-]+')
+each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
+
+
+def cells(path, kind='code'):
+    "(number, source, outputs) of the cells of a notebook, counted from 1."
+    for i, c in enumerate(json.loads(path.read_text(encoding='utf-8'))['cells'], 1):
+        if c['cell_type'] == kind: yield i, ''.join(c['source']), c.get('outputs', [])
+
+
+def texts(outputs):
+    "The readable text of cell outputs; images are left out."
+    for o in outputs:
+        yield ''.join(o.get('text', ''))
+        for k, v in o.get('data', {}).items():
+            if k.startswith('text/') or k == 'image/svg+xml': yield ''.join(v)
+
+
+def imports(source):
+    "Full names of the modules that notebook code imports; magics are understood."
+    for node in ast.walk(ast.parse(TransformerManager().transform_cell(source))):
+        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom): yield node.module or ''
+
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "A copy of the sources, in which nbdev may write."
+    folder = tmp_path_factory.mktemp('copy')
+    for name in ('settings.ini', 'setup.py', 'README.md'): shutil.copy(ROOT/name, folder)
+    for name in ('nbs', 'pcam_tp'): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns('__pycache__', '.*'))
+    return folder
+
+
+def nbdev(command, folder):
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}   # with it nbdev_export does nothing
+    return run(Path(sys.executable).with_name(command), cwd=folder, env=env)
+
+
+def files(folder, glob): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob(glob))}
+
+
+def test_library_is_exported(copy):
+    for p in (copy/'pcam_tp').rglob('*.py'):
+        if p.name != '__init__.py': p.unlink()
+    nbdev('nbdev_export', copy)
+    ours, fresh = files(ROOT/'pcam_tp', '*.py'), files(copy/'pcam_tp', '*.py')
+    stale = [n for n in sorted({*ours, *fresh}) if ours.get(n) != fresh.get(n)]
+    assert not stale, f'pcam_tp/ is not what the notebooks export (run nbdev_export): {", ".join(stale)}'
+
+
+def test_notebooks_are_clean(copy):
+    before = files(copy/'nbs', '*.ipynb')
+    nbdev('nbdev_clean', copy)
+    after = files(copy/'nbs', '*.ipynb')
+    dirty = [n for n in before if before[n] != after[n]]
+    assert not dirty, f'not clean (run nbdev_clean): {", ".join(dirty)}'
+
+
+@each_notebook
+def test_imports(path):
+    for i, source, _ in cells(path):
+        for name in imports(source):
+            top = name.split('.')[0]
+            assert top != 'nbdev', f'cell {i} imports nbdev, which Colab cannot hold'
+            assert top != 'fastcore' or name == 'fastcore.test', f'cell {i} imports {name}: of fastcore only fastcore.test is the same everywhere'
+
+
+@each_notebook
+def test_cells_are_small(path):
+    long = {i: n for i, source, _ in cells(path) if (n := sum(bool(l.strip()) for l in source.splitlines())) > 25}
+    assert not long, f'cells with more than 25 lines: {long}'
+    assert path.stat().st_size < 300_000, f'{path.stat().st_size:,} bytes, 300,000 at most'
+
+
+@each_notebook
+def test_outputs(path):
+    for i, _, outputs in cells(path):
+        assert not any(o['output_type'] == 'error' for o in outputs), f'the output of cell {i} is an error'
+        for text in texts(outputs):
+            found = MACHINE_PATH.search(text)
+            assert not found, f'the output of cell {i} names a folder of one machine: {found[0]}'
