@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['BUDGETS', 'progress', 'source', 'budget', 'sizes', 'home', 'run_name', 'atomic', 'lock', 'make_once', 'fingerprint',
-           'save_figure', 'save_table', 'page_faults', 'keep_memory', 'fastest_precision', 'Setup', 'best_device',
-           'set_seed', 'setup']
+           'picture', 'save_figure', 'save_table', 'page_faults', 'keep_memory', 'fastest_precision', 'Setup',
+           'best_device', 'set_seed', 'setup']
 
-# %% ../nbs/90_core.ipynb #077f60f6
-import contextlib, ctypes, hashlib, json, os, platform, random, shutil, time, uuid
+# %% ../nbs/90_core.ipynb #15ad27af
+import contextlib, ctypes, hashlib, io, json, os, platform, random, shutil, time, uuid
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from IPython.display import Image
 from tqdm.auto import tqdm
 
 # %% ../nbs/90_core.ipynb #1d912d65
@@ -116,16 +116,28 @@ def fingerprint(
     text = json.dumps([args, kwargs], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
-# %% ../nbs/90_core.ipynb #afdb4058
+# %% ../nbs/90_core.ipynb #01d36ec9
+def picture(
+    fig, # a matplotlib figure
+    width:int=840 # pixels at most
+) -> Image: # shown by a notebook when it ends a cell
+    "The figure as a small JPEG or PNG."
+    dpi = min(64, width/fig.get_figwidth())
+    def encode(format, **options):
+        fig.savefig(data := io.BytesIO(), format=format, dpi=dpi, bbox_inches='tight', **options)
+        return Image(data.getvalue(), format=format)
+    return min(encode('png'), encode('jpeg', pil_kwargs=dict(quality=50)), key=lambda image: len(image.data))
+
+# %% ../nbs/90_core.ipynb #a9a4efc1
 def save_figure(
     fig, # a matplotlib figure
     name:str, # e.g. `'03_gradcam_methods'`
     alt:str # what a reader who cannot see it should know
-) -> Path:
+) -> Image: # the small picture, to show it
     "Write `figures/<run>/<name>.png` at 150 dpi, with the alternative text in its `Description`."
     path = home('figures', run_name())/f'{name}.png'
     with atomic(path) as tmp: fig.savefig(tmp, dpi=150, format='png', bbox_inches='tight', metadata={'Description': alt})
-    return path
+    return picture(fig)
 
 # %% ../nbs/90_core.ipynb #56c66467
 def save_table(
