@@ -44,6 +44,7 @@ def seconds(work, repeats=3):
 @arm
 def batches_ours():
     from pcam_tp.data import Batches, open_split
+    setup(verbose=False)
     batches = Batches(open_split('train', folder()), BATCH, shuffle=True)
     return seconds(lambda: [None for _ in batches])
 
