@@ -24,5 +24,6 @@ setup(
     packages=find_packages(include=[cfg['lib_name'], cfg['lib_name'] + '.*']),
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
+    entry_points=dict(console_scripts=[cfg['console_scripts']]),
     extras_require={'dev': cfg['dev_requirements'].split()},
 )

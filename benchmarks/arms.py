@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pcam_tp.core import BUDGETS, setup
+from pcam_tp.core import BUDGETS, home, make_once, setup
 from pcam_tp.synthetic import synthetic_folder
 
 BATCH, STEPS, PATCHES = 64, 3, 32
@@ -54,7 +55,7 @@ def batches_ram():
     "The same conversion from an array that lies in memory as a whole."
     from pcam_tp.data import open_split, to_float
     split = open_split('train', folder())
-    x, y, rng = np.array(split.raw), torch.from_numpy(split.y), np.random.default_rng(0)
+    x, y, rng = split.raw[:], torch.from_numpy(split.y), np.random.default_rng(0)
 
     def epoch():
         order = rng.permutation(len(x))
@@ -71,6 +72,70 @@ def batches_torchvision():
         (Path(root)/'pcam').symlink_to(folder())
         loader = DataLoader(PCAM(root, 'train', transform=ToTensor()), BATCH, shuffle=True)
         return seconds(lambda: [None for _ in loader], repeats=1)
+
+
+# 2,000 of 20,000 patches into a file of their own, in random order, from three layouts
+
+LAYOUTS = dict(contiguous={}, rows=dict(chunks=(1, 96, 96, 3), compression='gzip'), blocks=dict(compression='gzip'))
+CUT = np.random.default_rng(1).permutation(20_000)[:2_000]
+
+
+def stored(name):
+    "A file with 20,000 patches, made once: 2,000 synthetic ones, each copy with its own noise in the three lowest bits."
+    def write(path):
+        from pcam_tp.data import raw_file
+        from pcam_tp.storage import read_rows
+        base, rng = read_rows(raw_file(folder(), 'train', 'x'), 'x', slice(2_000)) & 0b11111000, np.random.default_rng(0)
+        with h5py.File(path, 'w') as f:
+            x = f.create_dataset('x', (20_000, 96, 96, 3), 'uint8', **LAYOUTS[name])
+            step = x.chunks[0] if name == 'blocks' else len(base)
+            for i in range(0, len(x), step): x[i:i + step] = base[np.arange(i, i + step) % len(base)] | rng.integers(0, 8, (step, 96, 96, 3), np.uint8)
+    return make_once(home('data', 'benchmark')/f'{name}.h5', write)
+
+
+def cut(name, work, repeats=3):
+    "Seconds of `work(source, out)`; the source is in the page cache."
+    source = stored(name)
+    with open(source, 'rb') as f:
+        while f.read(2**24): pass
+    with TemporaryDirectory(dir=source.parent) as tmp:
+        times = []
+        for i in range(repeats):
+            start = time.perf_counter()
+            work(source, Path(tmp)/f'{i}.h5')
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _one_by_one(source, out, rows=CUT):
+    "One read and one append to a gzip array for each patch."
+    with h5py.File(source) as f, h5py.File(out, 'w') as g:
+        x = g.create_dataset('x', (0, 96, 96, 3), 'uint8', maxshape=(None, 96, 96, 3), chunks=(1, 96, 96, 3), compression='gzip')
+        for i, row in enumerate(rows):
+            x.resize(i + 1, 0)
+            x[i] = f['x'][row]
+
+
+def _whole(source, out):
+    with h5py.File(source) as f, h5py.File(out, 'w') as g: g['x'] = f['x'][:][CUT]
+
+
+def _pass(source, out):
+    "Decompress everything once, in blocks of the chunks' height, and keep nothing."
+    with h5py.File(source) as f:
+        for i in range(0, len(f['x']), f['x'].chunks[0]): f['x'][i:i + f['x'].chunks[0]]
+
+
+def _cut_ours(source, out):
+    from pcam_tp.storage import write_subset
+    write_subset(source, out, CUT)
+
+
+for name in LAYOUTS: ARMS[f'cut_{name}_ours'] = lambda name=name: cut(name, _cut_ours, 1 if name == 'blocks' else 3)
+for name in ('contiguous', 'rows'): ARMS[f'cut_{name}_one_by_one'] = lambda name=name: cut(name, _one_by_one, 1)
+ARMS['cut_blocks_one_by_one'] = lambda: len(CUT)/20*cut('blocks', lambda source, out: _one_by_one(source, out, CUT[:20]), 1)
+ARMS['cut_blocks_whole'] = lambda: cut('blocks', _whole, 1)
+ARMS['cut_blocks_pass'] = lambda: cut('blocks', _pass, 1)
 
 
 # A training step

@@ -19,6 +19,11 @@ HERE = Path(__file__).parent
 CASES = [
     ('batches', '6,000 patches, shuffled float32 batches of 64', 'batches_ours', 'torchvision.datasets.PCAM', 'batches_torchvision', 50),
     ('batches', '6,000 patches, shuffled float32 batches of 64', 'batches_ours', 'array in memory', 'batches_ram', .8),
+    ('subset', '2,000 of 20,000 patches, one piece', 'cut_contiguous_ours', 'one by one into gzip', 'cut_contiguous_one_by_one', 2),
+    ('subset', '2,000 of 20,000 patches, gzip, one a chunk', 'cut_rows_ours', 'one by one into gzip', 'cut_rows_one_by_one', 4),
+    ('subset', "2,000 of 20,000 patches, gzip, h5py's chunks", 'cut_blocks_ours', 'whole array, then index', 'cut_blocks_whole', 1.5),
+    ('subset', "2,000 of 20,000 patches, gzip, h5py's chunks", 'cut_blocks_ours', 'one pass by h5py, no output', 'cut_blocks_pass', 1/1.15),
+    ('subset', "2,000 of 20,000 patches, gzip, h5py's chunks", 'cut_blocks_ours', 'one by one into gzip (from 20)', 'cut_blocks_one_by_one', None),
     ('training step, fp32', 'small_cnn, batch of 64', 'step_small_cnn_fp32', 'plain loop, fp32', 'step_small_cnn_plain', None),
     ('training step, defaults', 'small_cnn, batch of 64', 'step_small_cnn_default', 'plain loop, fp32', 'step_small_cnn_plain', 5),
     ('training step, fp32', 'resnet18, batch of 64', 'step_resnet18_fp32', 'plain loop, fp32', 'step_resnet18_plain', None),

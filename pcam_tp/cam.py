@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['CAMS', 'gradcam', 'hirescam', 'gradcam_pp', 'layercam', 'cam_grids', 'cams']
 
-# %% ../nbs/03_gradcam.ipynb #565f2f00
+# %% ../nbs/03_gradcam.ipynb #cfba5a44
 import warnings
 
 import torch
 import torch.nn.functional as F
 
-from .models import Classifier, as_target, class_score, evaluating, get_layer
+from .models import Classifier, as_grid, as_target, class_score, evaluating, get_layer
 
 # %% ../nbs/03_gradcam.ipynb #68a0bf35
 def _gradcam(A, g): return torch.einsum('nk,nkhw->nhw', g.mean((2, 3)), A)
@@ -26,7 +26,7 @@ def _gradcam_pp(A, g, eps=1e-6):
 _FORMULAS = {'gradcam': _gradcam, 'hirescam': _hirescam, 'gradcam_pp': _gradcam_pp, 'layercam': _layercam}
 CAMS = tuple(_FORMULAS)
 
-# %% ../nbs/03_gradcam.ipynb #60d27885
+# %% ../nbs/03_gradcam.ipynb #b8a25996
 class _Taps:
     "Hooks that keep the outputs of layers; the first one reached starts the tape."
     def __init__(self, model, layers):
@@ -35,16 +35,16 @@ class _Taps:
     def _hook(self, layer):
         def keep(module, inputs, out):
             if layer in self.kept: raise ValueError(f'layer {layer!r} runs more than once in a pass: its map would be ambiguous')
-            if not torch.is_tensor(out) or out.ndim != 4: raise ValueError(f'layer {layer!r} does not give (N, C, h, w): a CAM needs a grid')
+            as_grid(out, layer)   # complains if there is no grid
             torch.set_grad_enabled(True)
             self.kept[layer] = out if out.requires_grad else out.detach().requires_grad_()
-            return self.kept[layer]
+            return self.kept[layer].clone()   # whatever overwrites its input later cannot touch what is kept
         return keep
     def __enter__(self): return self.kept
     def __exit__(self, *error):
         for h in self.handles: h.remove()
 
-# %% ../nbs/03_gradcam.ipynb #461195b3
+# %% ../nbs/03_gradcam.ipynb #41505c9c
 def _activations_and_gradients(model, x, target, layers, score):
     "Per layer the pair (A, g) of one pass; the target, and the score of each image."
     with torch.inference_mode(False), torch.no_grad(), evaluating(model), _Taps(model, layers) as kept:
@@ -55,7 +55,7 @@ def _activations_and_gradients(model, x, target, layers, score):
         s = class_score(logits, t, score)
         try: grads = torch.autograd.grad(s.sum(), [kept[l] for l in layers])
         except RuntimeError as e: raise ValueError(f'the score does not depend on every layer of {list(layers)}') from e
-    return {l: (kept[l].detach().float(), g.float()) for l, g in zip(layers, grads)}, t, s.detach()
+    return {l: (as_grid(kept[l].detach().float()), as_grid(g.float())) for l, g in zip(layers, grads)}, t, s.detach()
 
 # %% ../nbs/03_gradcam.ipynb #ea25805d
 def cam_grids(

@@ -20,10 +20,10 @@ from filelock import FileLock, Timeout
 from IPython.display import Image
 from tqdm.auto import tqdm
 
-# %% ../nbs/90_core.ipynb #1d912d65
+# %% ../nbs/90_core.ipynb #4aa5222f
 def source():
-    "Where patches come from: `'synthetic'`, or a folder with raw files (environment variable `PCAM_TP_SOURCE`)."
-    return os.environ.get('PCAM_TP_SOURCE') or 'synthetic'
+    "`PCAM_TP_SOURCE`: `'synthetic'`, `'pcam'`, `'pcam-small'` or a folder with raw files; by default `'assets'` where `PCAM_TP_ASSETS` names some, else synthetic."
+    return os.environ.get('PCAM_TP_SOURCE') or ('assets' if os.environ.get('PCAM_TP_ASSETS') else 'synthetic')
 
 # %% ../nbs/90_core.ipynb #591613f4
 def budget():

@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'PCAM_MEAN', 'PCAM_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODELS', 'small_cnn', 'class_score', 'as_target',
-           'OneLogit', 'Classifier', 'evaluating', 'predict', 'build', 'layer_output', 'get_layer', 'layer_table',
-           'save_model', 'load_model']
+           'OneLogit', 'Classifier', 'evaluating', 'predict', 'Architecture', 'build', 'get_layer',
+           'trainable_parameters', 'imagenet_weights', 'as_grid', 'layer_output', 'layer_table', 'save_model',
+           'load_model']
 
-# %% ../nbs/01_models.ipynb #05b63b10
-import contextlib, json
+# %% ../nbs/01_models.ipynb #e4144746
+import contextlib, inspect, io, json, math, re, socket, warnings
 from collections import OrderedDict
+from http.client import HTTPException
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Callable, NamedTuple
 
 import pandas as pd
 import torch
@@ -21,18 +25,17 @@ from torch import nn
 
 from .core import atomic
 
-# %% ../nbs/01_models.ipynb #bc7d21e4
+# %% ../nbs/01_models.ipynb #2cea5849
 def _block(c_in, c_out):
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU())
 
-# %% ../nbs/01_models.ipynb #23c8c0fd
 def _features(width):
     "conv32 – conv64 – pool – conv128 – pool – conv256, channels times `width`."
     c = [max(1, round(k*width)) for k in (32, 64, 128, 256)]
     return c[-1], OrderedDict(conv1=_block(3, c[0]), conv2=_block(c[0], c[1]), pool1=nn.MaxPool2d(2),
                               conv3=_block(c[1], c[2]), pool2=nn.MaxPool2d(2), conv4=_block(c[2], c[3]))
 
-# %% ../nbs/01_models.ipynb #e9c3f7a6
+# %% ../nbs/01_models.ipynb #e7bab815
 def _head(kind, c, n_classes, dropout):
     grid = [nn.AdaptiveAvgPool2d(6), nn.Flatten()]
     if kind == 'mlp': return nn.Sequential(*grid, nn.Dropout(dropout), nn.Linear(36*c, 256), nn.ReLU(), nn.Dropout(dropout), nn.Linear(256, n_classes))
@@ -40,7 +43,6 @@ def _head(kind, c, n_classes, dropout):
     if kind == 'gap': return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, n_classes))
     raise ValueError(f"head {kind!r}: expected 'mlp', 'flatten' or 'gap'")
 
-# %% ../nbs/01_models.ipynb #b9766ff6
 def small_cnn(
     n_classes:int=2, # logits
     head:str='mlp', # 'mlp', 'flatten' or 'gap'
@@ -94,11 +96,10 @@ class OneLogit(nn.Module):
         if z.shape[1] != 1: raise ValueError(f'the network gives {z.shape[1]} logits: OneLogit expects one')
         return torch.cat([-z/2, z/2], 1)
 
-# %% ../nbs/01_models.ipynb #f1abbd72
+# %% ../nbs/01_models.ipynb #ba4bb90e
 PCAM_MEAN, PCAM_STD = (.701, .538, .692), (.235, .277, .213)  # of PCam's training split
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
-# %% ../nbs/01_models.ipynb #c7169273
 class Classifier(nn.Module):
     """RGB in [0, 1] in, logits out. Inside: centre crop, resize, normalisation, network.
     In-place activations are switched off, so that hooks read what the layer gave."""
@@ -109,16 +110,17 @@ class Classifier(nn.Module):
         size:int=None, # side of what the network sees; no resizing if None
         mean:tuple=PCAM_MEAN, std:tuple=PCAM_STD, # of the normalisation, in [0, 1]
         classes:tuple=('normal', 'tumour'), # names, in the order of the logits
-        card:dict=None # how it was built and trained
+        card:dict=None, # how it was built and trained
+        head:str=None # name of the part that turns features into logits: what `freeze` leaves free
     ):
         super().__init__()
-        self.net, self.layers, self.crop, self.size = net, tuple(layers), crop, size
+        self.net, self.layers, self.crop, self.size, self.head = net, tuple(layers), crop, size, head
         self.classes, self.card = tuple(classes), dict(card or {})
         for name, v in (('mean', mean), ('std', std)): self.register_buffer(name, torch.tensor(v).view(1, 3, 1, 1), persistent=False)
         for m in net.modules():
             if hasattr(m, 'inplace'): m.inplace = False
 
-# %% ../nbs/01_models.ipynb #2461ee78
+# %% ../nbs/01_models.ipynb #8511eabe
 def _window(self:Classifier, h, w):
     "Rows and columns of an h×w image that the network sees."
     if self.crop is None: return slice(0, h), slice(0, w)
@@ -126,7 +128,6 @@ def _window(self:Classifier, h, w):
     top, left = (h - self.crop)//2, (w - self.crop)//2
     return slice(top, top + self.crop), slice(left, left + self.crop)
 
-# %% ../nbs/01_models.ipynb #dcf68f39
 def _preprocess(self:Classifier, x):
     "Images (N, 3, H, W) in [0, 1] to what the network sees."
     if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
@@ -138,7 +139,7 @@ def _preprocess(self:Classifier, x):
 
 def _forward(self:Classifier, x): return self.net(self.preprocess(x))
 
-# %% ../nbs/01_models.ipynb #20ed2444
+# %% ../nbs/01_models.ipynb #dbdd4bf4
 def _to_pixels(self:Classifier, maps, shape):
     "Maps (N, h, w) on any grid of the network to the input's H×W: bilinear inside the crop, 0 outside."
     rows, cols = self._window(*shape)
@@ -148,10 +149,9 @@ def _to_pixels(self:Classifier, maps, shape):
     out[:, rows, cols] = inside
     return out
 
-# %% ../nbs/01_models.ipynb #361e13da
 Classifier._window, Classifier.preprocess, Classifier.forward, Classifier.to_pixels = _window, _preprocess, _forward, _to_pixels
 
-# %% ../nbs/01_models.ipynb #83387cd4
+# %% ../nbs/01_models.ipynb #0cb6ed43
 @contextlib.contextmanager
 def evaluating(
     model:nn.Module
@@ -163,7 +163,6 @@ def evaluating(
     finally:
         for m, training in modes: m.training = training
 
-# %% ../nbs/01_models.ipynb #c1ce8d5b
 def predict(
     model:Classifier,
     x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
@@ -174,51 +173,104 @@ def predict(
     with evaluating(model), torch.inference_mode():
         return torch.cat([model(b.to(device)).float().cpu() for b in x.split(batch_size)])
 
-# %% ../nbs/01_models.ipynb #256d02b9
-def _resnet18(n_classes):
-    net = torchvision.models.resnet18(weights=None)
-    net.fc = nn.Linear(net.fc.in_features, n_classes)
-    return net
+# %% ../nbs/01_models.ipynb #73e5bc79
+class Architecture(NamedTuple):
+    "What `build` must know about a network."
+    layers:str # names of the layers worth explaining, early to late
+    head:str # name of the part that turns features into logits
+    size:int=None # side of what the network sees; the patch's own if None
+    make:Callable=None # called with `n_classes` and options; torchvision's network of the same name if None
+    imagenet:tuple=(IMAGENET_MEAN, IMAGENET_STD) # mean and std that its ImageNet weights expect
 
-# %% ../nbs/01_models.ipynb #38886a71
-MODELS = {  # name: function that builds the network, layers worth explaining from early to late
-    'small_cnn': (small_cnn, ('conv1', 'conv2', 'conv3', 'conv4')),
-    'resnet18': (_resnet18, ('layer1', 'layer2', 'layer3', 'layer4'))}
+_RESNET = Architecture('layer1 layer2 layer3 layer4', 'fc')
+_EFFICIENTNET = Architecture('features.2 features.3 features.5 features.8', 'classifier.1')
+MODELS = dict(
+    small_cnn=Architecture('conv1 conv2 conv3 conv4', 'head', make=small_cnn),
+    resnet18=_RESNET, resnet34=_RESNET, resnet50=_RESNET,
+    densenet121=Architecture('features.denseblock1 features.denseblock2 features.denseblock3 features.relu5', 'classifier'),
+    vit_b_16=Architecture(' '.join(f'encoder.layers.encoder_layer_{i}.ln_1' for i in (2, 5, 8, 11)), 'heads.head', size=224),
+    alexnet=Architecture('features.1 features.4 features.7 features.11', 'classifier.6'),
+    vgg11=Architecture('features.4 features.9 features.14 features.19', 'classifier.6'),
+    vgg19=Architecture('features.8 features.17 features.26 features.35', 'classifier.6'),
+    efficientnet_b0=_EFFICIENTNET, efficientnet_b1=_EFFICIENTNET,
+    inception_v3=Architecture('Conv2d_4a_3x3 Mixed_5d Mixed_6e Mixed_7c', 'fc', size=299, imagenet=((.5,)*3, (.5,)*3)),
+    convnext_tiny=Architecture('features.1 features.3 features.5 features.7', 'classifier.2'))
 
-# %% ../nbs/01_models.ipynb #829773fa
+# %% ../nbs/01_models.ipynb #e47ad522
+def _torchvision(name, n_classes, state=None):
+    "torchvision's network with a new head; `state` holds its ImageNet weights."
+    extra = dict(aux_logits=False, init_weights=False) if name == 'inception_v3' else {}
+    net = torchvision.models.get_model(name, weights=None, **extra)
+    if state: net.load_state_dict(state)
+    parent, _, last = MODELS[name].head.rpartition('.')
+    parent = net.get_submodule(parent)
+    setattr(parent, last, nn.Linear(getattr(parent, last).in_features, n_classes))
+    return _with_last_relu(net) if name.startswith('densenet') else net
+
+def _with_last_relu(net):
+    "A DenseNet as a sequence, with the same names of weights, whose last ReLU is the module `features.relu5`."
+    net.features.add_module('relu5', nn.ReLU())
+    return nn.Sequential(OrderedDict(features=net.features, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), classifier=net.classifier))
+
+# %% ../nbs/01_models.ipynb #7887ff30
 def build(
-    name:str, # 'small_cnn' or 'resnet18'
+    name:str, # one of `MODELS`
     n_classes:int=2, # logits
     seed:int=0, # of the first weights
-    classes:tuple=('normal', 'tumour'), # names in the order of the logits
-    geometry:dict=None, # `crop`, `size`, `mean`, `std` of `Classifier`
-    **options # of the network: `head`, `width`, `dropout`
+    classes:tuple=None, # names in the order of the logits; normal and tumour for two if None
+    geometry:dict=None, # `crop`, `size`, `mean`, `std` of `Classifier`, where they are not the usual ones
+    pretrained:bool=False, # begin with torchvision's ImageNet weights and their normalisation, if they can be had
+    freeze:bool=False, # only the head learns
+    **options # of small_cnn: `head`, `width`, `dropout`
 ) -> Classifier:
-    "A model by name, with random weights, in channels_last layout."
-    if name not in MODELS: raise ValueError(f'model {name!r}: expected one of {", ".join(MODELS)}')
-    if len(classes) != n_classes: classes = tuple(f'class {k}' for k in range(n_classes))
-    make, layers = MODELS[name]
+    "A model by name in channels_last layout; its card says how it was built and what was loaded."
+    arch, classes = _check(name, n_classes, classes, geometry, pretrained, options)
+    state = imagenet_weights(name) if pretrained else None
+    geometry = (dict(size=arch.size) if arch.size else {}) | (dict(zip(('mean', 'std'), arch.imagenet)) if state else {}) | (geometry or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = make(n_classes=n_classes, **options)
-    card = dict(name=name, n_classes=n_classes, seed=seed, classes=list(classes), geometry=geometry or {}, options=options)
-    return Classifier(net, layers, classes=classes, card=card, **(geometry or {})).to(memory_format=torch.channels_last)
+        net = arch.make(n_classes, **options) if arch.make else _torchvision(name, n_classes, state)
+    sees = getattr(net, 'image_size', None)
+    if sees and sees != geometry['size']: raise ValueError(f"geometry says size={geometry['size']}: {name} takes {sees} pixels only")
+    card = dict(name=name, n_classes=n_classes, seed=seed, classes=classes, geometry=geometry, options=options, pretrained=state is not None, freeze=False)
+    model = Classifier(net, arch.layers.split(), classes=classes, card=json.loads(json.dumps(card)), head=arch.head, **geometry)
+    if freeze: model.freeze()
+    return model.to(memory_format=torch.channels_last)
 
-# %% ../nbs/01_models.ipynb #a4762746
-def layer_output(
-    model:Classifier,
-    layer:str, # a name below `model.net`, e.g. 'layer4'
-    x:torch.Tensor # images (N, 3, H, W)
-) -> torch.Tensor: # (N, C, h, w), with its graph
-    "What a layer gives for `x`, in evaluation mode."
-    found = []
-    hook = get_layer(model, layer).register_forward_hook(lambda m, i, out: found.append(out))
-    try:
-        with evaluating(model): model(x)
-    finally: hook.remove()
-    return found[0]
+# %% ../nbs/01_models.ipynb #9f7ad452
+def _check(name, n_classes, classes, geometry, pretrained, options):
+    "The architecture and the names of the classes; errors say what is possible."
+    if name not in MODELS: raise ValueError(f'model {name!r}: expected one of {", ".join(MODELS)}')
+    arch, common = MODELS[name], list(inspect.signature(build).parameters)[1:-1]
+    possible = common + [p for p in inspect.signature(arch.make).parameters if p not in common] if arch.make else common
+    for kind, given, known in (('option', options, possible), ('geometry', geometry or {}, ['crop', 'size', 'mean', 'std'])):
+        unknown = [k for k in given if k not in known]
+        if unknown: raise ValueError(f'{name} has no {kind} {", ".join(unknown)}: it takes {", ".join(known)}')
+    if pretrained and arch.make: raise ValueError(f'{name} has no ImageNet weights: {", ".join(n for n, a in MODELS.items() if not a.make)} have')
+    classes = classes or (('normal', 'tumour') if n_classes == 2 else [f'class {k}' for k in range(n_classes)])
+    if len(classes) != n_classes: raise ValueError(f'classes {list(classes)}: expected a name for each of the {n_classes} logits')
+    return arch, tuple(classes)
 
-# %% ../nbs/01_models.ipynb #3e32611e
+# %% ../nbs/01_models.ipynb #b4575a3a
+def _train(self:Classifier, mode:bool=True):
+    "Training mode, but for the parts in which nothing learns: their running statistics stand still, and their dropout is off."
+    nn.Module.train(self, mode)
+    for m in self.net.modules():
+        learns = [p.requires_grad for p in m.parameters()]
+        if learns and not any(learns): m.eval()
+    return self
+
+def _freeze(self:Classifier, on:bool=True):
+    "Only the head learns; with `on=False`, everything."
+    if on and not self.head: raise ValueError("this model does not say which part is its head: Classifier(net, head='fc')")
+    self.requires_grad_(not on)
+    if on: get_layer(self, self.head).requires_grad_()
+    self.card['freeze'] = on
+    return self.train(self.training)
+
+Classifier.train, Classifier.freeze = _train, _freeze
+
+# %% ../nbs/01_models.ipynb #5ba48cc3
 def get_layer(
     model:Classifier,
     layer:str # a name below `model.net`
@@ -227,18 +279,82 @@ def get_layer(
     try: return model.net.get_submodule(layer)
     except AttributeError as e: raise ValueError(f'layer {layer!r}: not in this model; try one of {", ".join(model.layers)}') from e
 
-# %% ../nbs/01_models.ipynb #760175ce
+def trainable_parameters(
+    model:nn.Module
+) -> int:
+    "How many numbers training may change; print it beside every claim that a network was frozen or fine-tuned."
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+# %% ../nbs/01_models.ipynb #46bf7425
+@contextlib.contextmanager
+def _timeout(seconds):
+    "A time-out for the network connections that are opened inside the block."
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try: yield
+    finally: socket.setdefaulttimeout(before)
+
+def imagenet_weights(
+    name:str, # a model of torchvision
+    timeout:float=5 # seconds without an answer
+) -> dict: # names and tensors; None, with a warning, when they cannot be had
+    "torchvision's default ImageNet weights, from torch hub's folder or the internet."
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        with _timeout(timeout), contextlib.redirect_stdout(io.StringIO()):  # torch hub prints a path of this machine
+            state = weights.get_state_dict(check_hash=True, map_location='cpu', weights_only=True)
+    except (OSError, HTTPException, EOFError, RuntimeError, UnpicklingError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        warnings.warn(f'{name} starts with random weights, because its ImageNet weights ({weights.url}) cannot be had: {reason}', stacklevel=3)
+        return None
+    state = {k: v for k, v in state.items() if not k.startswith('AuxLogits.')}
+    return {re.sub(r'\.(norm|relu|conv)\.(\d)', r'.\1\2', k): v for k, v in state.items()}  # DenseNet's old names
+
+# %% ../nbs/01_models.ipynb #1bf8189f
+def as_grid(
+    activation:torch.Tensor, # (N, C, h, w), or the tokens (N, h·w, C) or (N, 1 + h·w, C) of a square grid
+    layer:str='' # its name, for the error
+) -> torch.Tensor: # (N, C, h, w), a view
+    "A layer's output as a grid; a class token is dropped. Raises `ValueError` for anything else."
+    a = activation
+    if torch.is_tensor(a) and a.ndim == 4: return a
+    if torch.is_tensor(a) and a.ndim == 3:
+        side = math.isqrt(a.shape[1])
+        if a.shape[1] - side**2 < 2: return a[:, -side**2:].mT.unflatten(2, (side, side))
+    found = tuple(a.shape) if torch.is_tensor(a) else type(a).__name__
+    raise ValueError(f'layer {layer!r} does not give (N, C, h, w), nor tokens of a square grid, but {found}')
+
+# %% ../nbs/01_models.ipynb #6b01155b
+def layer_output(
+    model:Classifier,
+    layer:str, # a name below `model.net`, e.g. 'layer4'
+    x:torch.Tensor # images (N, 3, H, W)
+) -> torch.Tensor: # (N, C, h, w), with its graph
+    "What a layer gives for `x`, in evaluation mode, as a grid; no in-place operation behind it can change it."
+    found = []
+    def keep(module, inputs, out):
+        found.append(as_grid(out, layer))
+        return out.clone()
+    hook = get_layer(model, layer).register_forward_hook(keep)
+    try:
+        with evaluating(model): model(x)
+    finally: hook.remove()
+    return found[0]
+
+# %% ../nbs/01_models.ipynb #da8dc73e
 def layer_table(
     model:Classifier,
     shape:tuple=(96, 96) # height and width of the images
 ):
     "Channels, grid, pixels per cell and receptive field (pixels, of the middle cell) of each layer worth explaining."
     x = torch.rand(1, 3, *shape, device=next(model.parameters()).device).requires_grad_()
+    rows, _ = model._window(*shape)
     def row(layer):
         a = layer_output(model, layer, x)
         h, w = a.shape[2:]
         seen = torch.autograd.grad(a[0, :, h//2, w//2].abs().sum(), x)[0].abs().sum((0, 1)) > 0
-        return dict(layer=layer, channels=a.shape[1], grid=f'{h}×{w}', pixels_per_cell=shape[0]//h, receptive_field=int(seen.any(1).sum()))
+        cell = round((rows.stop - rows.start)/h, 1)
+        return dict(layer=layer, channels=a.shape[1], grid=f'{h}×{w}', pixels_per_cell=cell, receptive_field=int(seen.any(1).sum()))
     return pd.DataFrame(map(row, model.layers))
 
 # %% ../nbs/01_models.ipynb #37b9eedb
@@ -254,7 +370,7 @@ def save_model(
     with atomic(folder/'weights.safetensors') as f: save_file({k: v.contiguous() for k, v in model.state_dict().items()}, f)
     return folder
 
-# %% ../nbs/01_models.ipynb #ad69f83e
+# %% ../nbs/01_models.ipynb #44192c3c
 def load_model(
     folder:Path, # written by `save_model`
     device='cpu'
@@ -264,7 +380,7 @@ def load_model(
     for f in ('card.json', 'weights.safetensors'):
         if not (folder/f).exists(): raise FileNotFoundError(f'{folder/f} is missing: a saved model is a folder with card.json and weights.safetensors')
     card = json.loads((folder/'card.json').read_text())
-    model = build(card['name'], card['n_classes'], card['seed'], tuple(card['classes']), card['geometry'], **card['options'])
+    model = build(card['name'], card['n_classes'], card['seed'], card['classes'], card['geometry'], freeze=card.get('freeze', False), **card['options'])
     model.load_state_dict(load_file(folder/'weights.safetensors'))
     model.card = card
     return model.to(device).eval()

@@ -525,7 +525,7 @@ def _check_columns(df, *columns):
 
 def _bounds(df): return np.abs(df[['low', 'high']].to_numpy(float).T - df['estimate'].to_numpy(float))
 
-# %% ../nbs/92_plots.ipynb #a7e70211
+# %% ../nbs/92_plots.ipynb #d61cddc9
 @_styled
 def plot_intervals(
     df:pd.DataFrame, # a row each: `name`, `estimate`, `low`, `high`; optional `n`, and `null_low`, `null_high`, `null` of a null distribution
@@ -540,7 +540,7 @@ def plot_intervals(
     ax.use_sticky_edges = False
     if {'null_low', 'null_high'} <= set(df): ax.barh(at, df['null_high'] - df['null_low'], left=df['null_low'], height=.6, color='.82', label='null, 95 %')
     if 'null' in df: ax.plot(df['null'], at, '|', color='.35', ms=12, mew=1.5, label='null, mean')
-    if chance is not None: ax.axvline(chance, color='grey', ls='--', lw=1.2, label=f'chance {chance:.3g}')
+    if chance is not None: ax.axvline(chance, color='grey', ls='--', lw=1.2, label=f'chance {chance:.3g}' if chance else 'no difference')
     ax.errorbar(df['estimate'], at, xerr=_bounds(df), fmt='o', color='black', ms=6, elinewidth=2, capsize=3, label='estimate, 95 % interval')
     ax.set_yticks(at, [f'{r["name"]} (n = {r["n"]:,})' if 'n' in df else str(r['name']) for _, r in df.iterrows()])
     ax.set(xlabel=xlabel, title=title, ylim=(len(df) - .5, -.5)); ax.grid(axis='x', alpha=.3); ax.set_axisbelow(True)
@@ -554,7 +554,7 @@ def _positions(values):
     codes, names = pd.factorize(values)
     return codes.astype(float), list(names)
 
-# %% ../nbs/92_plots.ipynb #76b6b38c
+# %% ../nbs/92_plots.ipynb #3e5b281d
 @_styled
 def plot_sweep(
     df:pd.DataFrame, # `estimate`, `low`, `high` and the column named by `x`; optional `null_low`, `null_high`
@@ -574,7 +574,7 @@ def plot_sweep(
         if {'null_low', 'null_high'} <= set(d):
             ax.fill_between(at[d.index], d['null_low'], d['null_high'], color=line['color'], alpha=.15, lw=0, label=f'{name} null, 95 %'.strip())
         ax.errorbar(at[d.index] + shift, d['estimate'], _bounds(d), **line, marker='o', ms=6, capsize=3, label=name if hue else 'estimate, 95 % interval')
-    if chance is not None: ax.axhline(chance, color='grey', ls='--', lw=1.2, label=f'chance {chance:.3g}')
+    if chance is not None: ax.axhline(chance, color='grey', ls='--', lw=1.2, label=f'chance {chance:.3g}' if chance else 'no difference')
     if ticks: ax.set_xticks(range(len(ticks)), ticks)
     ax.set(xlabel=xlabel or x, ylabel=ylabel, title=title); ax.legend(loc='center left', bbox_to_anchor=(1, .5))
     return fig

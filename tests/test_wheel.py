@@ -64,6 +64,13 @@ def test_version(installed, metadata, tmp_path):
     assert out.split() == [metadata['Version']]*2
 
 
+def test_the_command(installed, tmp_path):
+    help = run(installed.with_name('pcam-tp'), '--help', cwd=tmp_path, env=bare()).stdout
+    assert all(c in help for c in ('download', 'subset', 'assets'))
+    bad = run(installed.with_name('pcam-tp'), 'subset', 'out', ok=False, cwd=tmp_path, env=bare() | dict(PCAM_TP_SOURCE='no/such/folder'))
+    assert bad.returncode == 1 and 'nor an existing folder' in bad.stdout and 'Traceback' not in bad.stdout
+
+
 def third_party():
     "{top-level package: where} of what pcam_tp/ imports, split into imports at module level and those inside functions."
     always, sometimes = {}, {}
