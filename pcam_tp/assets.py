@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ASSETS', 'sha256', 'pack_assets', 'fetch_assets', 'assets_or_synthetic']
 
-# %% ../nbs/87_assets.ipynb #bb888da2
+# %% ../nbs/87_assets.ipynb #3db76bf7
 import hashlib, os, shutil, zipfile
 from pathlib import Path
 
 import requests
 
-from .core import atomic, home, make_once, progress, source
+from .core import atomic, home, make_once, progress
 from .download import fetch
 
 # %% ../nbs/87_assets.ipynb #f74c424d

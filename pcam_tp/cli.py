@@ -69,7 +69,7 @@ def _parser():
     c.add_argument('--models', nargs='+', default=['small_cnn', 'resnet18'])
     return parser
 
-# %% ../nbs/97_cli.ipynb #3653198a
+# %% ../nbs/97_cli.ipynb #b7948199
 def main(argv=None):
     "The command `pcam-tp`; wrong use and foreseeable failures end with one sentence and status 1 or 2."
     a = _parser().parse_args(argv)
@@ -80,4 +80,4 @@ def main(argv=None):
             if a.command == 'subset': write_subset_folder(a.out, a.n, a.seed)
             else: write_assets(a.out, a.n, a.models, a.seed)
     except (OSError, ValueError) as e: raise SystemExit(f'pcam-tp {a.command}: {e}') from e
-    except KeyboardInterrupt: raise SystemExit(f'\npcam-tp {a.command}: stopped; the same command goes on from here') from None
+    except KeyboardInterrupt: raise SystemExit(f'\npcam-tp {a.command}: stopped; give the same command again') from None
