@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['CAMS', 'gradcam', 'hirescam', 'gradcam_pp', 'layercam', 'cam_grids', 'cams']
 
-# %% ../nbs/03_gradcam.ipynb #cfba5a44
+# %% ../nbs/03_gradcam.ipynb #c36afab2
 import warnings
 
 import torch
 import torch.nn.functional as F
 
 from .models import Classifier, as_grid, as_target, class_score, evaluating, get_layer
+from .passes import autocast
 
 # %% ../nbs/03_gradcam.ipynb #68a0bf35
 def _gradcam(A, g): return torch.einsum('nk,nkhw->nhw', g.mean((2, 3)), A)
@@ -57,7 +58,7 @@ def _activations_and_gradients(model, x, target, layers, score):
         except RuntimeError as e: raise ValueError(f'the score does not depend on every layer of {list(layers)}') from e
     return {l: (as_grid(kept[l].detach().float()), as_grid(g.float())) for l, g in zip(layers, grads)}, t, s.detach()
 
-# %% ../nbs/03_gradcam.ipynb #ea25805d
+# %% ../nbs/03_gradcam.ipynb #1aa090f0
 def cam_grids(
     model:Classifier,
     x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
@@ -70,22 +71,15 @@ def cam_grids(
 ) -> dict: # 'maps': layer → method → (N, h, w) on the layer's own grid; 'target' (N,); 'score' (N,)
     "Raw, signed class activation maps of several layers and methods from one pass over the images."
     layers = (model.layers[-1],) if layers is None else (layers,) if isinstance(layers, str) else tuple(layers)
-    _check(methods, precision)
+    if not methods or set(methods) - set(CAMS): raise ValueError(f'methods {list(methods)}: expected some of {CAMS}')
     device, parts = next(model.parameters()).device, []
     for i in range(0, len(x), batch_size):
         xb = x[i:i + batch_size].to(device)
         tb = target if target is None or torch.as_tensor(target).ndim == 0 else target[i:i + batch_size]
-        with torch.autocast(device.type, _AUTOCAST[precision], enabled=precision != 'fp32'): pairs, t, s = _activations_and_gradients(model, xb, tb, layers, score)
+        with autocast(device, precision): pairs, t, s = _activations_and_gradients(model, xb, tb, layers, score)
         parts.append((t, s, {l: {m: _FORMULAS[m](*pair) for m in methods} for l, pair in pairs.items()}))
     return dict(target=torch.cat([p[0] for p in parts]), score=torch.cat([p[1] for p in parts]),
                 maps={l: {m: torch.cat([p[2][l][m] for p in parts]) for m in methods} for l in layers})
-
-# %% ../nbs/03_gradcam.ipynb #3f82d2c7
-_AUTOCAST = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-def _check(methods, precision):
-    unknown = [m for m in methods if m not in _FORMULAS]
-    if unknown or not methods: raise ValueError(f'methods {list(methods)}: expected some of {CAMS}')
-    if precision not in _AUTOCAST: raise ValueError(f'precision {precision!r}: expected one of {tuple(_AUTOCAST)}')
 
 # %% ../nbs/03_gradcam.ipynb #1bccbb5f
 def cams(

@@ -5,34 +5,30 @@
 # %% auto #0
 __all__ = ['write_subset_folder', 'write_assets', 'main']
 
-# %% ../nbs/97_cli.ipynb #0fcff86b
+# %% ../nbs/97_cli.ipynb #5d9f909e
 import argparse, os
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .assets import pack_assets, sha256
-from .core import budget, home, setup, source
-from .data import SPLITS, cut, open_split, subset, write_split
+from .assets import pack_assets
+from .core import budget, file_hash, home, setup
+from .data import SPLITS, open_splits, write_split
 from .download import ZENODO, download
 from .training import trained
 
-# %% ../nbs/97_cli.ipynb #acf232a7
+# %% ../nbs/97_cli.ipynb #ba452e53
 def write_subset_folder(
     out:Path, # gets raw files
     n:tuple, # patches of train, valid, test, at most
     seed:int=0
 ) -> Path:
     "Cut the current source to `n` patches a split, classes in proportion, and write raw files."
-    if source() == 'pcam-small': parts = [*cut(open_split('valid'), n[:2], seed), open_split('test')]
-    else: parts = [open_split(s) for s in SPLITS]
-    for name, part, k in zip(SPLITS, parts, n):
-        some = subset(part, k, seed)
-        print(f'{name}: {len(some):,} of {len(part):,} patches')
-        write_split(replace(some, name=name), out)
+    for part in open_splits(n=n, seed=seed):
+        print(part)
+        write_split(part, out)
     return Path(out)
 
-# %% ../nbs/97_cli.ipynb #69b18833
+# %% ../nbs/97_cli.ipynb #022b83ef
 def write_assets(
     out:Path, # gets the zip and its sum
     n:tuple=(8000, 2000, 2000), # patches of train, valid, test
@@ -48,7 +44,7 @@ def write_assets(
         finally:
             for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
         path = pack_assets(raw, folders, out)
-    print(f'{path.name}: {path.stat().st_size/1e6:,.0f} MB, sha256 {sha256(path)}')
+    print(f'{path.name}: {path.stat().st_size/1e6:,.0f} MB, sha256 {file_hash(path).hexdigest()}')
     return path
 
 # %% ../nbs/97_cli.ipynb #94bbb5b2

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUDGETS', 'progress', 'source', 'budget', 'sizes', 'home', 'run_name', 'atomic', 'lock', 'make_once', 'fingerprint',
-           'picture', 'save_figure', 'save_table', 'page_faults', 'keep_memory', 'fastest_precision', 'Setup',
-           'best_device', 'set_seed', 'setup']
+           'picture', 'save_figure', 'save_table', 'file_hash', 'page_faults', 'keep_memory', 'fastest_precision',
+           'Setup', 'best_device', 'set_seed', 'setup']
 
 # %% ../nbs/90_core.ipynb #15ad27af
 import contextlib, ctypes, hashlib, io, json, os, platform, random, shutil, time, uuid
@@ -151,6 +151,17 @@ def save_table(
 
 # %% ../nbs/90_core.ipynb #e2cd8391
 progress = partial(tqdm, delay=2, leave=False)
+
+# %% ../nbs/90_core.ipynb #42656411
+def file_hash(
+    path:Path, # any file
+    kind:str='sha256' # or 'md5'
+): # a `hashlib` object of all its bytes, which takes more
+    "The hash of a file, read in pieces."
+    path, h = Path(path), hashlib.new(kind, usedforsecurity=False)
+    with open(path, 'rb') as f, progress(total=path.stat().st_size, desc=f'checking {path.name}', unit='B', unit_scale=True) as bar:
+        while block := f.read(2**20): h.update(block); bar.update(len(block))
+    return h
 
 # %% ../nbs/90_core.ipynb #6ce796c4
 def page_faults(f):

@@ -156,15 +156,17 @@ def cut(
     first, second = next(folder.split(split.rows, split.y, split.slides if by_slide else None))
     return tuple(subset(replace(split, rows=split.rows[i]), m, seed) for i, m in zip((first, second), n))
 
-# %% ../nbs/00_data.ipynb #eb0968ce
+# %% ../nbs/00_data.ipynb #36dd97ad
 def open_splits(
-    folder:Path=None # with raw files; the current source's if None
+    folder:Path=None, # with raw files; the current source's if None
+    n:tuple=None, # patches of train, valid, test, at most; as the budget says if None
+    seed:int=0 # of the random choice
 ) -> tuple: # train, valid, test
-    "The three splits, each cut at random to the number of patches of the budget; without the release's training split, `valid` is cut in two by slide."
-    n = {s: getattr(sizes(), f'n_{s}') for s in SPLITS}
-    if folder or source() != 'pcam-small': return tuple(subset(open_split(s, folder), n[s]) for s in SPLITS)
-    learn, watch = cut(open_split('valid'), (n['train'], n['valid']))
-    return replace(learn, name='train'), watch, subset(open_split('test'), n['test'])
+    "The three splits, each cut at random to `n` patches; without the release's training split, `valid` is cut in two by slide."
+    n = n or [getattr(sizes(), f'n_{s}') for s in SPLITS]
+    if folder or source() != 'pcam-small': return tuple(subset(open_split(s, folder), k, seed) for s, k in zip(SPLITS, n))
+    learn, watch = cut(open_split('valid'), n[:2], seed)
+    return replace(learn, name='train'), watch, subset(open_split('test'), n[2], seed)
 
 # %% ../nbs/00_data.ipynb #18be2071
 def split_id(split:Split) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ZENODO', 'FILES', 'RawFile', 'fetch', 'unpack', 'download']
 
-# %% ../nbs/98_download.ipynb #9d4e6139
+# %% ../nbs/98_download.ipynb #16a0754e
 import contextlib, errno, gzip, hashlib, json, os, shutil, time, zlib
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError
 from urllib3.util import Retry
 
-from .core import atomic, make_once, progress
+from .core import atomic, file_hash, make_once, progress
 
 # %% ../nbs/98_download.ipynb #351ae6bf
 class RawFile(NamedTuple):
@@ -75,15 +75,7 @@ def _version(response):
     etag = response.headers.get('ETag', 'W/')
     return response.headers.get('Last-Modified') if etag.startswith('W/') else etag
 
-# %% ../nbs/98_download.ipynb #e508365d
-def _md5(path):
-    "The MD5 of a file, as an object that takes more bytes."
-    md5 = hashlib.md5()
-    with open(path, 'rb') as f, progress(total=path.stat().st_size, desc=f'checking {path.name}', unit='B', unit_scale=True) as bar:
-        while block := f.read(_BLOCK): md5.update(block); bar.update(len(block))
-    return md5
-
-# %% ../nbs/98_download.ipynb #3bb65780
+# %% ../nbs/98_download.ipynb #c6d5f8d0
 class _Part:
     "A file on its way: what has come of it, the MD5 of that, and what it is the beginning of."
     def __init__(self, path, url):
@@ -93,7 +85,7 @@ class _Part:
         try: url, version, total = json.loads(self.note.read_text()); size = self.file.stat().st_size
         except (FileNotFoundError, ValueError): return
         if url == self.url and version and total and size <= total:
-            self.version, self.total, self.size, self.md5 = version, total, size, _md5(self.file)
+            self.version, self.total, self.size, self.md5 = version, total, size, file_hash(self.file, 'md5')
     @property
     def resumable(self):
         "Can the rest be asked for? Not without a version: nobody could say what it is the rest of."
@@ -226,7 +218,7 @@ def _fetch_to(out, part, md5, tries):
     os.replace(part.file, out)
     part.drop()
 
-# %% ../nbs/98_download.ipynb #f8202fea
+# %% ../nbs/98_download.ipynb #fbc63e40
 def fetch(
     url:str, # of one file
     path:Path, # where it goes; `<path>.part` beside it holds what has come
@@ -238,7 +230,7 @@ def fetch(
     Raises `ConnectionError` (network; call again), `FileNotFoundError` (404), `ValueError` (wrong sum, web page), `OSError` (no room)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and md5: _check_md5(path, _md5(path).hexdigest(), md5, 'It was there before: move it away, then call again')
+    if path.exists() and md5: _check_md5(path, file_hash(path, 'md5').hexdigest(), md5, 'It was there before: move it away, then call again')
     return make_once(path, lambda out: _fetch_to(out, _Part(path, url), md5, tries), path.name)
 
 # %% ../nbs/98_download.ipynb #825b7894
