@@ -4,6 +4,7 @@ Allocator and threads are settings of a whole process, so two arms must never sh
 """
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -199,6 +200,72 @@ for name in ('small_cnn', 'resnet18'):
     ARMS.update({f'cam_{name}_ours': lambda name=name: _cam_ours(name),
                  f'cam_{name}_single': lambda name=name: _cam_library(name, 1),
                  f'cam_{name}_batch': lambda name=name: _cam_library(name, PATCHES)})
+
+
+# Explanations by many passes: ours, in bf16, the library's at our batch size, at its defaults, and the bare passes
+
+IMAGES, BATCHES = 2, (8, 16, 32, 64)
+WORK = dict(integrated_gradients=(50, True), smoothgrad=(25, True), occlusion=(121, False), lime=(1000, False))   # passes, with gradients?
+
+
+def _scene(method, name, layout=torch.channels_last):
+    from pcam_tp.models import build
+    torch.manual_seed(0)
+    x = torch.rand(1 if method == 'lime' else IMAGES, 3, 96, 96)
+    return build(name).eval().to(memory_format=layout), F.interpolate(F.avg_pool2d(x, 8), (96, 96), mode='bicubic').clamp(0, 1)
+
+
+def _explained(method, name, precision):
+    from pcam_tp.methods import METHODS
+    setup(verbose=False)
+    model, x = _scene(method, name)
+    return seconds(lambda: METHODS[method](model, x, 1, score='probability' if method == 'lime' else 'logit', precision=precision), 1)
+
+
+def _bare(method, name):
+    "As many passes as the method needs, with no method around them, at the best batch size."
+    setup(verbose=False)
+    model, x = _scene(method, name)
+    passes, backward = WORK[method]
+
+    def work(batch):
+        for n in range(0, passes*len(x), batch):
+            images = x[:1].expand(min(batch, passes*len(x) - n), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+            with torch.set_grad_enabled(backward):
+                out = model(images.requires_grad_(backward))
+            if backward: torch.autograd.grad(out[:, 1].sum(), images)
+    return min(seconds(lambda: work(b), 1) for b in BATCHES)
+
+
+def _library(method, name, same):
+    "captum's or lime's own code in a plain process; with `same`, batches of 32 images, as ours, else its defaults."
+    import captum.attr
+    model, x = _scene(method, name, torch.contiguous_format)
+    if method == 'lime': return _lime_library(model, x, dict(batch_size=32) if same else {})
+    if method == 'integrated_gradients':
+        call = lambda: captum.attr.IntegratedGradients(model).attribute(x, target=1, n_steps=50, **(dict(internal_batch_size=32) if same else {}))
+    elif method == 'occlusion':
+        call = lambda: captum.attr.Occlusion(model).attribute(x, (3, 16, 16), (3, 8, 8), target=1, **(dict(perturbations_per_eval=32//IMAGES) if same else {}))
+    else:
+        tunnel = captum.attr.NoiseTunnel(captum.attr.Saliency(model))
+        call = lambda: tunnel.attribute(x, nt_samples=25, stdevs=.15, target=1, abs=False, **(dict(nt_samples_batch_size=32//IMAGES) if same else {}))
+    return seconds(call, 1)
+
+
+def _lime_library(model, x, options):
+    import lime.lime_image
+    image = (255*x[0]).byte().permute(1, 2, 0).numpy()
+
+    def probabilities(images):
+        with torch.no_grad(): return model(torch.from_numpy(images).permute(0, 3, 1, 2).float()/255).softmax(1).numpy()
+    return seconds(lambda: lime.lime_image.LimeImageExplainer(random_state=0).explain_instance(image, probabilities, labels=(1,), top_labels=None, num_samples=1000, **options), 1)
+
+
+for method in WORK:
+    for name in ('small_cnn', 'resnet18'):
+        arms = dict(ours=partial(_explained, precision='fp32'), fast=partial(_explained, precision='bf16'), bare=_bare,
+                    same=partial(_library, same=True), library=partial(_library, same=False))
+        ARMS.update({f'{method}_{name}_{k}': partial(f, method, name) for k, f in arms.items()})
 
 
 if __name__ == '__main__':

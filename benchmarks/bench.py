@@ -31,7 +31,13 @@ CASES = [
     ('four CAMs, fp32', 'small_cnn, 32 patches', 'cam_small_cnn_ours', 'grad-cam, one patch at a time', 'cam_small_cnn_single', 10),
     ('four CAMs, fp32', 'small_cnn, 32 patches', 'cam_small_cnn_ours', 'grad-cam, batch of 32', 'cam_small_cnn_batch', 6),
     ('four CAMs, fp32', 'resnet18, 32 patches', 'cam_resnet18_ours', 'grad-cam, one patch at a time', 'cam_resnet18_single', 10),
-    ('four CAMs, fp32', 'resnet18, 32 patches', 'cam_resnet18_ours', 'grad-cam, batch of 32', 'cam_resnet18_batch', 6)]
+    ('four CAMs, fp32', 'resnet18, 32 patches', 'cam_resnet18_ours', 'grad-cam, batch of 32', 'cam_resnet18_batch', 6)] + [
+    (f'{title}, {column}', f'{model}, {images}', f'{method}_{model}_{ours}', peer, f'{method}_{model}_{theirs}', target)
+    for method, title, images, library in (('integrated_gradients', 'IG of 50 steps', '2 patches', 'captum'), ('smoothgrad', 'SmoothGrad of 25', '2 patches', 'captum'),
+                                           ('occlusion', 'occlusion 16/8', '2 patches', 'captum'), ('lime', 'LIME of 1,000', '1 patch', 'lime'))
+    for model, slowest, fast in (('small_cnn', 1.5, 5), ('resnet18', 1, None))
+    for column, ours, peer, theirs, target in (('fp32', 'ours', f'{library}, batches of 32', 'same', slowest), ('defaults', 'ours', f'{library}, defaults', 'library', None),
+                                               ('fast', 'fast', f'{library}, defaults', 'library', fast), ('fp32', 'ours', 'bare passes, best batch', 'bare', 1/1.15))]
 
 
 def measure(arm):

@@ -22,7 +22,7 @@ def autocast(
     if precision not in PRECISIONS: raise ValueError(f'precision {precision!r}: expected one of {tuple(PRECISIONS)}')
     return torch.autocast(device.type, PRECISIONS[precision] if precision != 'fp32' else None, enabled=precision != 'fp32')
 
-# %% ../nbs/88_passes.ipynb #c58a3839
+# %% ../nbs/88_passes.ipynb #4b1dc4b6
 class Question:
     "A few images, the class to explain for each, and the score; asks the model in batches and leaves no trace in it."
     def __init__(self,
@@ -32,9 +32,11 @@ class Question:
         score:str='log_odds', # what is explained: see `class_score`
         precision:str='fp32', # of the network: see `autocast`
         batch_size:int=32, # images in one pass
-        bar=None # a tqdm bar that counts passes
+        bar=None, # a tqdm bar that counts passes
+        group:slice=slice(None), n:int=None # which of how many images these are; all if None
     ):
         self.model, self.score, self.precision, self.batch_size, self.bar = model, score, precision, batch_size, bar
+        self.group, self.n = group, n or len(x)
         self.device = next(model.parameters(), x).device
         with torch.inference_mode(False):   # so that gradients can be taken inside somebody's inference mode
             self.x = x.detach().to(self.device).clone(memory_format=torch.channels_last)
@@ -75,7 +77,7 @@ def _gradients(self:Question, make=None, k=1, each=None):
 
 Question.pairs, Question.ask, Question.scores, Question.gradients = _pairs, _ask, _scores, _gradients
 
-# %% ../nbs/88_passes.ipynb #6024c76d
+# %% ../nbs/88_passes.ipynb #b6c1c6d5
 def answer(
     explain, # called with a `Question` of a few images: maps (n, H, W), and a dict of details with n entries each
     model:Classifier,
@@ -94,7 +96,7 @@ def answer(
     with torch.inference_mode(False), bar:
         for i in range(0, len(x), batch_size):
             group = slice(i, i + batch_size)
-            q = Question(model, x[group], t if t is None or t.ndim == 0 else t[group], score, precision, batch_size, bar)
+            q = Question(model, x[group], t if t is None or t.ndim == 0 else t[group], score, precision, batch_size, bar, group, len(x))
             maps, more = explain(q)
             parts.append((maps.float(), more | dict(target=q.target)))
     maps = torch.cat([m for m, _ in parts])
@@ -130,3 +132,13 @@ def baseline(
     sigma = min(x.shape[2:])/12
     side = 2*min(int(3*sigma), min(x.shape[2:]) - 1) + 1
     return gaussian_blur(x, side, sigma)
+
+# %% ../nbs/88_passes.ipynb #00b9f87c
+def _own_baseline(self:Question, kind, seed=0):
+    "`baseline` (n, 3, H, W) of the images of this question; of pictures (N, 3, H, W), one for each image explained, those that belong here."
+    if torch.is_tensor(kind) and kind.ndim == 4 and len(kind) > 1:
+        if len(kind) != self.n: raise ValueError(f'baseline has shape {tuple(kind.shape)}: expected one picture for each of the {self.n} images')
+        kind = kind[self.group]
+    return baseline(self.x, kind, seed)
+
+Question.baseline = _own_baseline

@@ -210,7 +210,7 @@ def _recipe(name, **options):
     usual = dict(width=.5, dropout=.3) if name == 'small_cnn' else {}
     return usual | options, sizes().epochs if name == 'small_cnn' else sizes().epochs_resnet
 
-# %% ../nbs/02_training.ipynb #9d741d7c
+# %% ../nbs/02_training.ipynb #df4956e1
 _USUAL = {k: p.default for k, p in inspect.signature(train).parameters.items() if p.default is not p.empty}  # part of a network's name
 
 def trained(
@@ -226,18 +226,18 @@ def trained(
     if train is None: train, valid, _ = open_splits()
     options, usual_epochs = _recipe(name, **options)
     if options.get('pretrained'): options['pretrained'] = imagenet_weights(name) is not None   # a fallback must not take its name
-    config = dict(options=options, epochs=epochs or usual_epochs, seed=seed)
+    config = dict(options=options, epochs=epochs or usual_epochs, seed=seed, stain=sizes().stain)
     folder = home('data', 'models')/f'{name}-{run_name()}-{fingerprint(name, split_id(train), split_id(valid), _USUAL, **config)}'
     _make_together(folder, lambda tmp: _train_and_save(tmp, folder.with_suffix('.run.pt'), name, train, valid, **config), f'a trained {name}')
     model = load_model(folder, device)
     model.card['folder'] = str(folder)
     return model
 
-# %% ../nbs/02_training.ipynb #ced62c69
-def _train_and_save(folder, checkpoint, name, train_split, valid_split, options, epochs, seed):
+# %% ../nbs/02_training.ipynb #026fcf99
+def _train_and_save(folder, checkpoint, name, train_split, valid_split, options, epochs, seed, stain):
     "Train; the process that was given a folder writes the model into it."
     model = build(name, seed=seed, **options)
-    history = train(model, train_split, valid_split, epochs, seed=seed, checkpoint=checkpoint)
+    history = train(model, train_split, valid_split, epochs, stain=stain, seed=seed, checkpoint=checkpoint)
     if folder is None: return
     best = history.loc[history.valid_loss.idxmin()]
     model.card['training'] = dict(best.to_dict(), run=run_name(), patches=len(train_split), epochs=len(history), parameters=trainable_parameters(model),

@@ -1,0 +1,117 @@
+"What 06_integrated_gradients cannot show in a second: every kind of network, many classes, odd shapes, baselines of every form."
+import pytest
+import torch
+from torch import nn
+
+from pcam_tp.integrated_gradients import PATH_RULES, integrated_gradients, path_rule
+from pcam_tp.models import Classifier, build, class_score, predict
+from pcam_tp.passes import baseline
+
+SOME = torch.Generator().manual_seed(0)
+X = torch.rand(3, 3, 96, 96, generator=SOME)
+
+
+def settled(model, x=X):
+    "Running statistics of a batch: without them untrained networks with batch normalisation answer next to nothing."
+    norms = [m for m in model.eval().modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms: m.train().momentum = None
+    if norms:
+        with torch.no_grad(): model(x)
+    return model.eval()
+
+
+def adds_up(model, x, maps, info, target, baselines=('white',), share=.1):
+    "The details are what the model says, and the map adds up to them."
+    score = lambda v: class_score(predict(model, v), target)
+    torch.testing.assert_close(info['score'], score(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(info['baseline_score'], torch.stack([score(baseline(x, b)) for b in baselines]).mean(0), rtol=1e-4, atol=1e-5)
+    total = maps.sum((1, 2)) - info['delta']
+    torch.testing.assert_close(total, info['score'] - info['baseline_score'], rtol=1e-3, atol=1e-4)
+    if share: assert (info['delta'].abs() <= share*(info['score'] - info['baseline_score']).abs() + 1e-3).all(), info['delta']
+
+
+@pytest.mark.parametrize('name', ['vit_b_16', 'inception_v3', 'resnet18'])
+def test_networks(name):
+    model, x = settled(build(name)), X[:1]
+    maps, info = integrated_gradients(model, x, 1, n_steps=2, details=True, batch_size=2)
+    assert maps.shape == (1, 96, 96) and maps.dtype == torch.float32 and maps.isfinite().all() and maps.abs().max() > 0
+    adds_up(model, x, maps, info, torch.ones(1, dtype=torch.long), share=None)   # two steps of an untrained network promise nothing
+
+
+@pytest.mark.parametrize('shape', [(72, 101), (40, 33)])
+@pytest.mark.parametrize('k', [2, 5])
+def test_classes_and_shapes(shape, k):
+    model, x = build('small_cnn', n_classes=k, width=.2), torch.rand(4, 3, *shape, generator=SOME)
+    target = torch.tensor([0, k - 1, 1, 0])
+    for method in PATH_RULES:
+        maps, info = integrated_gradients(model, x, target, n_steps=40, method=method, batch_size=7, details=True)
+        assert maps.shape == (4, *shape) and torch.equal(info['target'], target)
+        adds_up(model, x, maps, info, target)
+
+
+def test_every_form_of_baseline():
+    "Words, a colour, an image, images, and lists of them, whatever the groups of images; the noise of an image is that of its neighbours."
+    model, target = build('small_cnn', width=.1), torch.tensor([1, 0, 1])
+    others = torch.rand(3, 3, 96, 96, generator=SOME)
+    kinds = ['black', 'blur', 'mean', torch.tensor([.7, .5, .7]), others[0], others[:1], others]
+    options = dict(n_steps=4, batch_size=2)   # two groups: images 0, 1 and image 2
+    single = [integrated_gradients(model, X, target, baseline=b, **options) for b in kinds]
+    together, info = integrated_gradients(model, X, target, baseline=tuple(kinds), details=True, **options)
+    torch.testing.assert_close(together, torch.stack(single).mean(0), rtol=1e-4, atol=1e-6)
+    adds_up(model, X, together, info, target, kinds, share=1)
+    torch.testing.assert_close(single[4], single[5])
+    for n in range(3):
+        alone = integrated_gradients(model, X[n:n + 1], target[n:n + 1], baseline=others[n:n + 1], **options)
+        torch.testing.assert_close(single[-1][n:n + 1], alone, rtol=1e-4, atol=1e-6)
+    noise = [integrated_gradients(model, X[i:], 1, baseline='noise', seed=s, **options)[-1] for i, s in ((0, 3), (2, 3), (2, 4))]
+    torch.testing.assert_close(noise[0], noise[1], rtol=1e-4, atol=1e-6)
+    assert (noise[1] - noise[2]).abs().max() > 1e-5
+
+
+def test_two_noises_are_two():
+    model = build('small_cnn', width=.1)
+    one, two = (integrated_gradients(model, X[:1], 1, baseline=b, n_steps=2) for b in ('noise', ['noise', 'noise']))
+    assert (one - two).abs().max() > 1e-5
+
+
+def test_a_baseline_with_a_graph_or_from_inference_mode():
+    model = build('small_cnn', width=.1)
+    plain = X[1].clone()
+    with torch.inference_mode(): inference = X[1].clone()
+    maps = [integrated_gradients(model, X[:1], 1, baseline=b, n_steps=2) for b in (plain, plain.clone().requires_grad_(), inference)]
+    assert torch.equal(maps[0], maps[1]) and torch.equal(maps[0], maps[2]) and not maps[1].requires_grad
+
+
+def test_crop_and_resize():
+    "Outside the crop nothing was seen, and nothing is credited; an enlarged image still adds up."
+    net = build('small_cnn', width=.2).net
+    model = Classifier(net, crop=40, size=48)
+    maps, info = integrated_gradients(model, X, [1, 1, 0], n_steps=40, details=True)
+    outside = torch.ones(96, 96, dtype=torch.bool)
+    outside[28:68, 28:68] = False
+    assert (maps[:, outside] == 0).all() and (maps[:, ~outside] != 0).float().mean() > .9
+    adds_up(model, X, maps, info, torch.tensor([1, 1, 0]))
+
+
+def test_bf16_is_close():
+    model = build('small_cnn', width=.2)
+    a, b = (integrated_gradients(model, X, 1, n_steps=10, precision=p) for p in ('fp32', 'bf16'))
+    assert torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).min() > .8 and b.dtype == torch.float32
+
+
+@pytest.mark.parametrize('n', [1, 2, 5, 20])
+def test_rules(n):
+    "The degrees to which each rule is exact."
+    for method, degree in (('gausslegendre', 2*n - 1), ('midpoint', 1)):
+        a, w = path_rule(n, method)
+        assert ((a > 0) & (a < 1)).all() and len(a) == len(w) == n
+        for p in range(degree + 1): assert abs(w @ a**p - 1/(p + 1)) < 1e-12
+        assert n == 20 or abs(w @ a**(degree + 1) - 1/(degree + 2)) > 1e-7
+
+
+@pytest.mark.parametrize('options, says', [
+    (dict(baseline=torch.rand(2, 3, 96, 96)), 'holds 2 images'), (dict(baseline=[.7, .5, .7]), 'expected one of'), (dict(baseline=()), 'empty'),
+    (dict(n_steps=True), 'n_steps is True'), (dict(n_steps=-1), 'n_steps is -1'), (dict(method='left'), 'midpoint'), (dict(score='loss'), 'log_odds')])
+def test_bad_input(options, says):
+    with pytest.raises(ValueError, match=says): integrated_gradients(build('small_cnn', width=.1), X, **options)
+    with pytest.raises(ValueError, match='float'): integrated_gradients(build('small_cnn', width=.1), (255*X).byte())
