@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['PATH_RULES', 'path_rule', 'integrated_gradients']
 
-# %% ../nbs/06_integrated_gradients.ipynb #454bf594
-from itertools import count
-
+# %% ../nbs/06_integrated_gradients.ipynb #c2c4346b
 import numpy as np
 import torch
 
 from .models import Classifier
-from .passes import answer, baseline as _baseline
+from .passes import answer
 
 # %% ../nbs/06_integrated_gradients.ipynb #4546fc77
 PATH_RULES = 'gausslegendre', 'midpoint'
@@ -28,16 +26,7 @@ def path_rule(
     points, weights = np.polynomial.legendre.leggauss(n_steps)
     return (points + 1)/2, weights/2
 
-# %% ../nbs/06_integrated_gradients.ipynb #dd11f890
-def _beginnings(q, kinds, i, n, seed):
-    "Where the paths begin, (B, b, 3, H, W), for the b images of `q`, which are the images i, i + 1, … of n."
-    def own(k):
-        if not torch.is_tensor(k) or k.ndim != 4: return k
-        if len(k) not in (1, n): raise ValueError(f'baseline holds {len(k)} images: expected 1 or {n}, one for each image of x')
-        return k[i:i + len(q.x)] if len(k) == n else k
-    return torch.stack([_baseline(q.x, own(k), seed + j) for j, k in enumerate(kinds)]).detach()
-
-# %% ../nbs/06_integrated_gradients.ipynb #d5bd82bd
+# %% ../nbs/06_integrated_gradients.ipynb #ede38eb9
 def integrated_gradients(
     model:Classifier,
     x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
@@ -54,9 +43,9 @@ def integrated_gradients(
     """Integrated gradients (Sundararajan et al. 2017), summed over channels: signed, positive speaks for the target; in units of the score.
     A map adds up to score − baseline_score + delta; delta is the error of the rule. Raises `ValueError` for what does not fit."""
     points, weights = path_rule(n_steps, method)
-    kinds, start = list(baseline) if isinstance(baseline, (list, tuple)) else [baseline], count(0, batch_size)
+    kinds = list(baseline) if isinstance(baseline, (list, tuple)) else [baseline]
     if not kinds: raise ValueError('baseline is an empty list: expected at least one word or tensor')
-    def explain(q): return _along_paths(q, _beginnings(q, kinds, next(start), len(x), seed), points, weights, details)
+    def explain(q): return _along_paths(q, torch.stack([q.baseline(k, seed + j) for j, k in enumerate(kinds)]), points, weights, details)
     return answer(explain, model, x, target, score, precision, batch_size, details, passes=len(kinds)*(n_steps + details) + details)
 
 # %% ../nbs/06_integrated_gradients.ipynb #971fab44

@@ -110,7 +110,7 @@ def test_rules(n):
 
 
 @pytest.mark.parametrize('options, says', [
-    (dict(baseline=torch.rand(2, 3, 96, 96)), 'holds 2 images'), (dict(baseline=[.7, .5, .7]), 'expected one of'), (dict(baseline=()), 'empty'),
+    (dict(baseline=torch.rand(2, 3, 96, 96)), 'each of the 3 images'), (dict(baseline=[.7, .5, .7]), 'expected one of'), (dict(baseline=()), 'empty'),
     (dict(n_steps=True), 'n_steps is True'), (dict(n_steps=-1), 'n_steps is -1'), (dict(method='left'), 'midpoint'), (dict(score='loss'), 'log_odds')])
 def test_bad_input(options, says):
     with pytest.raises(ValueError, match=says): integrated_gradients(build('small_cnn', width=.1), X, **options)
