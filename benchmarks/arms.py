@@ -222,19 +222,19 @@ def _explained(method, name, precision):
     return seconds(lambda: METHODS[method](model, x, 1, score='probability' if method == 'lime' else 'logit', precision=precision), 1)
 
 
-def _bare(method, name):
-    "As many passes as the method needs, with no method around them, at the best batch size."
+def _bare(method, name, most=200):
+    "As many passes as the method needs with no method around them, at the best batch size; from `most` of them."
     setup(verbose=False)
     model, x = _scene(method, name)
     passes, backward = WORK[method]
+    total = passes*len(x)
 
     def work(batch):
-        for n in range(0, passes*len(x), batch):
-            images = x[:1].expand(min(batch, passes*len(x) - n), -1, -1, -1).contiguous(memory_format=torch.channels_last)
-            with torch.set_grad_enabled(backward):
-                out = model(images.requires_grad_(backward))
+        for n in range(0, min(total, most), batch):
+            images = x[:1].expand(min(batch, min(total, most) - n), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+            with torch.set_grad_enabled(backward): out = model(images.requires_grad_(backward))
             if backward: torch.autograd.grad(out[:, 1].sum(), images)
-    return min(seconds(lambda: work(b), 1) for b in BATCHES)
+    return total/min(total, most)*min(seconds(lambda: work(b), 1) for b in BATCHES)
 
 
 def _library(method, name, same):

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['CAMS', 'gradcam', 'hirescam', 'gradcam_pp', 'layercam', 'cam_grids', 'cams']
 
-# %% ../nbs/03_gradcam.ipynb #c36afab2
+# %% ../nbs/03_gradcam.ipynb #1ef1fdb5
 import warnings
 
 import torch
-import torch.nn.functional as F
 
 from .models import Classifier, as_grid, as_target, class_score, evaluating, get_layer
 from .passes import autocast

@@ -69,7 +69,7 @@ def class_score(
     if score == 'probability': return logits.softmax(1).gather(1, index)[:, 0]
     return z - logits.scatter(1, index, float('-inf')).logsumexp(1)
 
-# %% ../nbs/01_models.ipynb #b9a218c9
+# %% ../nbs/01_models.ipynb #6897bad6
 def as_target(
     target, # a class, one class per image, or None for the predicted ones
     logits:torch.Tensor # (N, K)
@@ -77,7 +77,7 @@ def as_target(
     "The class to explain for each image; raises `ValueError` for a class that does not exist or the wrong number of them."
     if target is None: return logits.argmax(1)
     n, k = logits.shape
-    t = torch.as_tensor(target, device=logits.device).long()
+    t = torch.as_tensor(target, device=logits.device).long().clone()   # a class that was predicted in inference mode may enter a graph
     t = t.expand(n) if t.ndim == 0 else t
     if t.shape != (n,): raise ValueError(f'target has shape {tuple(t.shape)}: expected one class for each of the {n} images')
     if ((t < 0) | (t >= k)).any(): raise ValueError(f'target {t.unique().tolist()}: the model has classes 0 to {k - 1}')
@@ -151,7 +151,7 @@ def _to_pixels(self:Classifier, maps, shape):
 
 Classifier._window, Classifier.preprocess, Classifier.forward, Classifier.to_pixels = _window, _preprocess, _forward, _to_pixels
 
-# %% ../nbs/01_models.ipynb #0cb6ed43
+# %% ../nbs/01_models.ipynb #6984a7a3
 @contextlib.contextmanager
 def evaluating(
     model:nn.Module
@@ -169,7 +169,7 @@ def predict(
     batch_size:int=32
 ) -> torch.Tensor: # logits (N, K), on the processor
     "Logits in evaluation mode, without gradients, in batches; `x` is moved to the model's device."
-    device = next(model.parameters()).device
+    device = next(model.parameters(), x).device
     with evaluating(model), torch.inference_mode():
         return torch.cat([model(b.to(device)).float().cpu() for b in x.split(batch_size)])
 

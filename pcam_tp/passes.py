@@ -133,12 +133,12 @@ def baseline(
     side = 2*min(int(3*sigma), min(x.shape[2:]) - 1) + 1
     return gaussian_blur(x, side, sigma)
 
-# %% ../nbs/88_passes.ipynb #0b76caf8
+# %% ../nbs/88_passes.ipynb #7e71ff76
 def _own_baseline(self:Question, kind, seed=0):
     "`baseline` (n, 3, H, W) of the images of this question; of one picture for each image explained, (N, 3, H, W), those that belong here."
     if torch.is_tensor(kind) and kind.ndim == 4 and len(kind) > 1:
         if len(kind) != self.n: raise ValueError(f'baseline has shape {tuple(kind.shape)}: expected (3,), {tuple(self.x.shape[1:])}, or one for each of the {self.n} images')
         kind = kind[self.group]
-    return baseline(self.x, kind, seed).contiguous(memory_format=torch.channels_last)
+    return baseline(self.x, kind, seed).detach().contiguous(memory_format=torch.channels_last)
 
 Question.baseline = _own_baseline

@@ -6,9 +6,8 @@
 __all__ = ['Interval', 'interval', 'roc_auc', 'auc_interval', 'calibration_error', 'nll', 'PairedTest', 'paired_test',
            'wilcoxon_test', 'holm', 'compare']
 
-# %% ../nbs/91_stats.ipynb #f55423b6
+# %% ../nbs/91_stats.ipynb #1c65b0a0
 import inspect, warnings
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np

@@ -3,7 +3,7 @@ import json, os, re, shutil, signal, subprocess, sys, time
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from conftest import ROOT, run
 

@@ -2,7 +2,7 @@
 import json, sys
 from pathlib import Path
 
-from conftest import ROOT, python, run
+from conftest import python, run
 
 FEW = '''
 import hashlib, os, random, signal, sys
