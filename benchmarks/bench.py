@@ -1,7 +1,7 @@
 """Our work beside the peers': `python benchmarks/bench.py [--repeats 5] [--only NAME]`.
 
 Each number is the median of interleaved repeats, and each repeat of each arm runs in a fresh process.
-Prints a table and writes benchmarks/results.json. Ratios can be compared between machines, seconds cannot.
+Prints a table and writes benchmarks/results.json; with --only, the rows that it measured. Ratios can be compared between machines, seconds cannot.
 """
 import argparse
 import json
@@ -64,8 +64,16 @@ def main():
         rows.append(dict(name=name, work=work, ours_s=o, peer=peer, peer_s=p, ratio=p/o, limit_s=limit, over_limit=bool(limit and o > limit)))
     print(pd.DataFrame(rows).to_string(index=False, float_format='{:.3g}'.format, na_rep='–'))
     print(f'medians of {args.repeats} interleaved repeats; ratio = peer_s / ours_s; limit_s = peer_s / target')
-    if not args.only:
-        with atomic(HERE/'results.json') as tmp: tmp.write_text(json.dumps(rows, indent=1) + '\n')
+    write(rows)
+
+
+def write(rows):
+    "Put `rows` into results.json, in the order of CASES; rows that were not measured this time keep their figures."
+    key = lambda r: (r['name'], r['work'], r['peer'])
+    file = HERE/'results.json'
+    known = {key(r): r for r in (json.loads(file.read_text()) if file.exists() else []) + rows}
+    kept = [known[k] for name, work, _, peer, *_ in CASES if (k := (name, work, peer)) in known]
+    with atomic(file) as tmp: tmp.write_text(json.dumps(kept, indent=1) + '\n')
 
 
 if __name__ == '__main__':
