@@ -58,20 +58,21 @@ def input_x_gradient(
         return (q.x*g).sum(1), dict(gradient=g) if details else {}
     return answer(explain, model, x, target, score, precision, batch_size, details, passes=1)
 
-# %% ../nbs/04_saliency.ipynb #8134adc7
+# %% ../nbs/04_saliency.ipynb #cf4ab497
 def _check_noise(n_samples, noise):
     if int(n_samples) != n_samples or n_samples < 1: raise ValueError(f'n_samples is {n_samples}: expected a whole number of at least 1')
     if not 0 <= noise < float('inf'): raise ValueError(f"noise is {noise}: expected a number from 0 up, the standard deviation as a share of the image's range")
 
-def _noisy_gradients(q, eps, noise):
-    "Mean and mean square of the gradient over the noisy copies, each (n, 3, H, W)."
+def _noisy_gradients(q, eps, noise, square):
+    "Mean of the gradient over the noisy copies and, if wanted, of its square, each (n, 3, H, W)."
     sd, squares, k = noise*(q.x.amax((1, 2, 3)) - q.x.amin((1, 2, 3))), torch.zeros_like(q.x), len(eps)
+    eps = eps.to(q.device).contiguous(memory_format=torch.channels_last)
     def keep(g, i, j):
-        squares.index_add_(0, i, g*g)
+        if square: squares.index_add_(0, i, g*g)
         return g
     return q.gradients(lambda i, j: q.x[i] + sd[i].view(-1, 1, 1, 1)*eps[j], k, keep)/k, squares/k
 
-# %% ../nbs/04_saliency.ipynb #e5c1306c
+# %% ../nbs/04_saliency.ipynb #6788b57d
 def smoothgrad(
     model:Classifier,
     x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
@@ -91,7 +92,7 @@ def smoothgrad(
     _check_channels(channels); _check_noise(n_samples, noise)
     eps = torch.randn(int(n_samples), *x.shape[1:], generator=torch.Generator().manual_seed(seed))
     def explain(q):
-        mean, squares = _noisy_gradients(q, eps.to(q.device), noise)
+        mean, squares = _noisy_gradients(q, eps, noise, squared or details)
         return _CHANNELS[channels](squares if squared else mean), dict(gradient=mean, squared_gradient=squares) if details else {}
     return answer(explain, model, x, target, score, precision, batch_size, details, passes=int(n_samples))
 
