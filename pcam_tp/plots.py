@@ -330,13 +330,14 @@ def _checked(im, maps, y, pred, prob, stats, max_n, names):
         if v.shape != (n,): raise ValueError(f'stats[{k!r}] has shape {v.shape}: expected ({n},), one number per patch')
     return dict(im=im[s], maps={k: m[s] for k, m in maps.items()}, y=y, pred=pred, prob=prob, stats=stats)
 
-# %% ../nbs/92_plots.ipynb #c09051a5
+# %% ../nbs/92_plots.ipynb #ac45346e
 _BAR = 3.3  # inches that a colour bar with its label takes
 
 def _map_titles(maps, stats, stat_name, n):
     "Method and statistic above each map, wrapped to a patch's width."
     name = {k: textwrap.fill(k, 18, break_long_words=False) for k in maps}
-    stat = lambda k, i: '\n' + textwrap.fill(f'{stat_name} {stats[k][i]:.2f}'.strip(), 19) if k in stats else ''
+    number = lambda v: '–' if np.isnan(v) else f'{v:.2f}'
+    stat = lambda k, i: '\n' + textwrap.fill(f'{stat_name} {number(stats[k][i])}'.strip(), 19) if k in stats else ''
     return {(i, j): name[k] + stat(k, i) for j, k in enumerate(maps) for i in range(n)}
 
 # %% ../nbs/92_plots.ipynb #97d7186e
