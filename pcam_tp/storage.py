@@ -68,13 +68,13 @@ class FileRows:
     def __len__(self): return self.shape[0]
     def __repr__(self): return f'FileRows({self.path.name}, {self.key!r}: {self.dtype} {self.shape})'
 
-# %% ../nbs/99_storage.ipynb #cc5df743
+# %% ../nbs/99_storage.ipynb #a73bf717
 def _getstate(self): return {**vars(self), '_file': None}
 
 def _fetch(self, rows, out):
     "Read `rows` into the C-contiguous array `out`."
     if self._file is None: self._file = open(self.path, 'rb', buffering=0)
-    file, flat, size = self._file.fileno(), out.reshape(-1).view(np.uint8), self.dtype.itemsize*math.prod(self.shape[1:])
+    file, flat, size = self._file.fileno(), memoryview(out.reshape(-1).view(np.uint8)), self.dtype.itemsize*math.prod(self.shape[1:])
     order = np.argsort(rows)
     for i, start in zip((order*size).tolist(), (self._offset + rows[order]*size).tolist()):
         if os.preadv(file, [flat[i:i + size]], start) != size: raise ValueError(f'{self.path} ends inside {self.key!r}: was it cut off while in use?')
