@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weights_id', 'write_maps', 'read_maps']
 
-# %% ../nbs/86_many_maps.ipynb #523e44b1
+# %% ../nbs/86_many_maps.ipynb #e790f548
 import hashlib, os
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from accelerate.state import PartialState
 
 from .core import atomic, fingerprint, home, progress, run_name
 from .data import Split, split_id, to_float
-from .methods import _chosen, explain
+from .methods import choose, explain
 from .models import Classifier, class_score, predict
 
 # %% ../nbs/86_many_maps.ipynb #1efe194d
@@ -55,7 +55,7 @@ def _write_index(path, chunks, about):
             f.create_virtual_dataset(n, layout)
         f.attrs.update(about)
 
-# %% ../nbs/86_many_maps.ipynb #bc5c5569
+# %% ../nbs/86_many_maps.ipynb #eddb0f49
 def write_maps(
     model:Classifier,
     split:Split, # every patch in use is explained
@@ -66,7 +66,7 @@ def write_maps(
 ) -> Path: # the index file; read it with `read_maps`
     """Explain the predicted class of each patch of a split and write chunk files. What is there is not computed again.
     Under `accelerate launch` or `torchrun` each process takes its share of the chunks."""
-    chosen, options = _chosen(methods, ()), dict(score=score, precision=precision, batch_size=batch_size, seed=seed)
+    chosen, options = choose(methods), dict(score=score, precision=precision, batch_size=batch_size, seed=seed)
     recipe = {k: (m.explain.__name__, m.options) for k, m in chosen.items()}
     about = dict(weights=weights_id(model), patches=split_id(split), methods=repr(recipe), chunk=chunk, **options)
     folder = Path(folder or home('data', 'maps')/f'{run_name()}-{fingerprint(about)}')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CONTROLS', 'rise', 'random', 'centre', 'edges', 'shifted', 'other', 'untrained', 'Method', 'explain',
-           'from_captum', 'from_gradcam', 'agreement', 'precision_table']
+           'choose', 'from_captum', 'from_gradcam', 'agreement', 'precision_table']
 
 # %% ../nbs/08_all_methods.ipynb #11d4f0be
 import contextlib, copy
@@ -147,7 +147,7 @@ METHODS = dict(
     kernelshap=Method(kernelshap, True, 1000, False, 'Lundberg and Lee 2017'))
 CONTROLS = dict(random=random, centre=centre, edges=edges)   # explainers that ignore the network
 
-# %% ../nbs/08_all_methods.ipynb #f17e7a2b
+# %% ../nbs/08_all_methods.ipynb #23e16807
 def explain(
     model:Classifier,
     x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
@@ -158,7 +158,7 @@ def explain(
     precision:str='fp32', batch_size:int=32, seed:int=0
 ) -> dict: # name → maps (N, H, W) on the model's device, raw; a control's name is 'METHOD, CONTROL'
     "Maps of many methods for the same classes by the same score. `ValueError` for a name that does not exist."
-    chosen, common = _chosen(methods, controls), dict(score=score, precision=precision, batch_size=batch_size, seed=seed)
+    chosen, common = choose(methods, controls), dict(score=score, precision=precision, batch_size=batch_size, seed=seed)
     t = as_target(target, predict(model, x if target is None else x[:1], batch_size).expand(len(x), -1))
     together = [n for n, m in chosen.items() if m.explain in _CAM and not m.options]
     maps = cams(model, x, t, methods=tuple(_CAM[chosen[n].explain] for n in together), score=score, precision=precision, batch_size=batch_size) if together else {}
@@ -170,11 +170,14 @@ def explain(
         for c in controls: out[f'{name}, {c}'] = chosen[name](untrained(model, seed), x, t, **common) if c == 'untrained' else {'shifted': shifted, 'other': other}[c](v, seed)
     return out
 
-# %% ../nbs/08_all_methods.ipynb #18135730
+# %% ../nbs/08_all_methods.ipynb #c4c2260c
 _CAM = {gradcam: 'gradcam', hirescam: 'hirescam', gradcam_pp: 'gradcam_pp', layercam: 'layercam'}
 
-def _chosen(methods, controls):
-    "name → `Method` of whatever `explain` was given."
+def choose(
+    methods=None, # as for `explain`
+    controls=() # as for `explain`
+) -> dict: # name → `Method`
+    "What `explain` will run. `ValueError` for a name that does not exist."
     known = METHODS | {k: Method(f, False, 0, False, 'control') for k, f in CONTROLS.items()}
     names = list(METHODS) if methods is None else [methods] if isinstance(methods, str) else methods
     if isinstance(names, dict): return names
