@@ -238,14 +238,14 @@ def set_seed(
 def setup(
     seed:int=0, # of the global generators
     device:str=None, # 'cuda', 'mps' or 'cpu'; the best there is if None
-    threads:int=None, # processor threads; all that this process may use if None
+    threads:int=None, # processor threads; OMP_NUM_THREADS, else all that this process may use, if None
     precision:str=None, # of training: 'bf16', 'fp16', 'no'; the fastest, probed, if None
     verbose:bool=True # print one line about it
 ) -> Setup:
     "Prepare this process for fast training and reproducible explanations."
     device = torch.device(device) if device else best_device()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    torch.set_num_threads(threads or cores)
+    torch.set_num_threads(threads or int(os.environ.get('OMP_NUM_THREADS', '').split(',')[0] or cores))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     set_seed(seed)
     kept = keep_memory()
@@ -258,7 +258,7 @@ def setup(
 def _describe(cfg):
     "One line: versions, device, what training will use, source and budget."
     from pcam_tp import __version__
-    name = torch.cuda.get_device_name() if cfg.device.type == 'cuda' else f'{cfg.device.type}, {cfg.threads} threads'
+    name = torch.cuda.get_device_name() if cfg.device.type == 'cuda' else f'{cfg.device.type}, {cfg.threads} thread{"s"*(cfg.threads > 1)}'
     training = {'no': 'fp32'}.get(cfg.precision, cfg.precision)
     memory = 'memory kept' if cfg.keeps_memory else "system's allocator"
     return (f'pcam_tp {__version__} · Python {platform.python_version()} · torch {torch.__version__} · {name} · '

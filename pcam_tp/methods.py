@@ -167,11 +167,12 @@ def explain(
     for name, v in maps.items():
         out[name] = v
         if chosen[name].explain in CONTROLS.values(): continue
-        for c in controls: out[f'{name}, {c}'] = chosen[name](untrained(model, seed), x, t, **common) if c == 'untrained' else {'shifted': shifted, 'other': other}[c](v, seed)
+        for c in controls:
+            out[f'{name}, {c}'] = chosen[name](untrained(model, seed), x, t, **common) if c == 'untrained' else {'shifted': shifted, 'other': other}[c](v, seed)
     return out
 
 # %% ../nbs/08_all_methods.ipynb #c4c2260c
-_CAM = {gradcam: 'gradcam', hirescam: 'hirescam', gradcam_pp: 'gradcam_pp', layercam: 'layercam'}
+_CAM = {f: f.__name__ for f in (gradcam, hirescam, gradcam_pp, layercam)}
 
 def choose(
     methods=None, # as for `explain`

@@ -106,10 +106,10 @@ def _labels(y, n, names, what='y'):
 
 # %% ../nbs/92_plots.ipynb #d54b79ef
 _MASK = '#000000'
-def _entries(y, names, side, mask=False):
+def _entries(y, names, side, outline=None):
     "Colour and text of each line of the legend: the boxes, and the mask's outline."
     out = [] if not side else [('black', f'centre {side}×{side}')] if y is None else [(_color(c), f'centre {side}×{side}, label {names[c]}') for c in np.unique(y)]
-    return out + [(_MASK, 'true tumour region')]*mask
+    return out + [(_MASK, outline)]*(outline is not None)
 
 def _legend_size(entries, width):
     "Columns that fit into `width` inches, and the height that the legend then takes."
@@ -126,7 +126,8 @@ def show_patches(
     x, # patches, see `as_images`
     y=None, # labels (N,): the centre box takes their colour
     titles:list=None, # one text per patch
-    masks=None, # true regions (N, H, W), outlined
+    masks=None, # regions (N, H, W), outlined
+    mask_name:str='true tumour region', # what they are
     ncols:int=8, # patches in a row
     box:bool=True, # draw the centre box?
     max_n:int=32, # show at most the first so many
@@ -138,7 +139,7 @@ def show_patches(
     n_all, im = len(_numpy(x)) if _numpy(x).ndim == 4 else 1, as_images(x)[:max_n]
     y = None if y is None else _labels(y, n_all, names)[:max_n]
     if len(im) < n_all: suptitle = f'{suptitle or "Patches"} (the first {len(im)} of {n_all:,})'
-    return _draw_patches(im, y, _texts(titles, n_all), _masks(masks, n_all, im), ncols, centre if box else 0, suptitle, names)
+    return _draw_patches(im, y, _texts(titles, n_all), _masks(masks, n_all, im), mask_name, ncols, centre if box else 0, suptitle, names)
 
 # %% ../nbs/92_plots.ipynb #4bef4d71
 def _texts(titles, n, width=19):
@@ -153,11 +154,11 @@ def _masks(masks, n, im):
     return m
 
 # %% ../nbs/92_plots.ipynb #29669b3a
-def _draw_patches(im, y, titles, masks, ncols, side, suptitle, names):
+def _draw_patches(im, y, titles, masks, mask_name, ncols, side, suptitle, names):
     n, (h, w) = len(im), im.shape[1:3]
     ncols = min(ncols, n)
     lines = max(t.count('\n') + 1 for t in titles[:n]) if titles else 0
-    width, entries = max(ncols*1.72 + .1, 3.4), _entries(y, names, side, masks is not None)
+    width, entries = max(ncols*1.72 + .1, 3.4), _entries(y, names, side, None if masks is None else mask_name)
     columns, strip = _legend_size(entries, width)
     fig, axs = _grid(-(-n//ncols), ncols, head=lines*_LINE + .05, top=_heading_height(suptitle, width), bottom=strip, min_width=3.4, ratio=h/w)
     for i, ax in enumerate(axs.flat[:n]):
@@ -575,7 +576,7 @@ def plot_sweep(
         if {'null_low', 'null_high'} <= set(d):
             ax.fill_between(at[d.index], d['null_low'], d['null_high'], color=line['color'], alpha=.15, lw=0, label=f'{name} null, 95 %'.strip())
         ax.errorbar(at[d.index] + shift, d['estimate'], _bounds(d), **line, marker='o', ms=6, capsize=3, label=name if hue else 'estimate, 95 % interval')
-    if chance is not None: ax.axhline(chance, color='grey', ls='--', lw=1.2, label=f'chance {chance:.3g}' if chance else 'no difference')
+    if chance is not None: ax.axhline(chance, color='grey', ls='--', lw=1.2, label=f'chance {chance:.3g}')
     if ticks: ax.set_xticks(range(len(ticks)), ticks)
     ax.set(xlabel=xlabel or x, ylabel=ylabel, title=title); ax.legend(loc='center left', bbox_to_anchor=(1, .5))
     return fig

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Run the notebooks in the order of their file names, each in a fresh Jupyter kernel of this very interpreter.
 
-    python scripts/run.py                  all of nbs/
+    python scripts/run.py                  all of nbs/, two side by side, each with half of the processor's threads
     python scripts/run.py 03 07 '9*'       some: number, name or glob
+    python scripts/run.py --jobs 1         one at a time
     python scripts/run.py --out DIR        keep the executed copies
     python scripts/run.py --refresh        write the outputs back into nbs/ (embedded data only; needs nbdev)
 
@@ -11,7 +12,7 @@ PCAM_TP_SOURCE, PCAM_TP_BUDGET and PCAM_TP_HOME reach the notebooks. Cells that 
 Exit status: 0 all ran, 1 a notebook failed, 2 wrong use, 130 interrupted.
 """
 import argparse, asyncio, json, os, re, shutil, signal, subprocess, sys, time
-from collections import Counter
+from collections import Counter, deque
 from configparser import ConfigParser
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,6 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = 'synthetic-quick'   # core.run_name() of the embedded data: the run whose outputs are committed
 README_FIGURES = ['03_gradcam_methods.png']            # figures/<run>/NAME that --refresh copies to figures/, where README.md shows them
 KERNEL_ARGS = ['--HistoryManager.hist_file=:memory:', '--IPKernelApp.log_level=40']   # 40: errors only
+BUDGET = os.environ.get('PCAM_TP_BUDGET') or ('quick' if os.environ.get('PCAM_TP_SOURCE') in (None, '', 'synthetic') else 'full')
+ALONE = {'01_models', '02_training'} | ({'16_many_runs'} if BUDGET == 'full' else set())   # time or train networks at length: nothing beside them
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 TTY = sys.stdout.isatty()
 
 
@@ -62,74 +66,61 @@ def code_cells(nb, flags):
     return [(i, c) for i, c in enumerate(nb.cells) if c.cell_type == 'code' and c.source.strip() and not skipped(c, flags)]
 
 
-class Line:
-    "One line a notebook; on a terminal it ticks while the notebook runs."
-    def __init__(self, head, total):
-        self.head, self.k, self.total, self.start = head, 0, total, time.monotonic()
-        if not TTY: print(f'{head} … ', end='', flush=True)
+class Job:
+    "A notebook that runs: its name, the cell it has reached, since when."
+    def __init__(self, head, total): self.head, self.total, self.k, self.start = head, total, 0, time.monotonic()
+    def __str__(self): return f'{self.head} … {self.k}/{self.total} {duration(time.monotonic() - self.start)}'
+
+
+class Board:
+    "One line a notebook when it has ended; on a terminal a last line that ticks with those that run."
+    def __init__(self): self.jobs, self.stopped = [], False
 
     def tick(self):
-        if TTY: print(f'\r\033[K{self.head} … {self.k}/{self.total} {duration(time.monotonic() - self.start)}', end='', flush=True)
+        if TTY: print('\r\033[K' + ' '.join(map(str, self.jobs))[:shutil.get_terminal_size().columns - 1], end='', flush=True)
 
-    def end(self, word):
-        if TTY: print(f'\r\033[K{self.head} … ', end='')
-        print(f'{duration(time.monotonic() - self.start)} {word}', flush=True)
+    def end(self, job, word):
+        self.jobs.remove(job)
+        print('\r\033[K'*TTY + f'{job.head} … {duration(time.monotonic() - job.start)} {word}', flush=True)
+        self.tick()
 
-
-async def ticking(line):
-    while TTY:
-        line.tick()
-        await asyncio.sleep(1)
+    async def ticking(self):
+        while TTY:
+            self.tick()
+            await asyncio.sleep(1)
 
 
 def duration(s): return f'{s:.1f} s' if s < 100 else f'{int(s)//60} min {int(s)%60:02} s'
 
 
-def kernel_env():
+def kernel_env(threads):
     "The environment of a kernel: this repository's library first, and switches that mean the same in nbs/ as here."
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
     env.pop('MPLBACKEND', None)   # Jupyter sets its own: figures land in the notebook
+    env.setdefault('OMP_NUM_THREADS', str(threads))
     env.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')   # a debugger's remark about frozen modules
     if env.get('PCAM_TP_HOME'): env['PCAM_TP_HOME'] = os.path.abspath(env['PCAM_TP_HOME'])
     if os.path.isdir(env.get('PCAM_TP_SOURCE', '')): env['PCAM_TP_SOURCE'] = os.path.abspath(env['PCAM_TP_SOURCE'])
     return env
 
 
-async def execute(nb, cells, folder, line, timeout):
+async def execute(nb, cells, folder, job, timeout, threads):
     "Run `cells` of `nb` in a new kernel that works in `folder`; the kernel is gone afterwards, whatever happens."
     km = Kernel()
     client = NotebookClient(nb, km=km, timeout=timeout, startup_timeout=120)
-    ticker = asyncio.ensure_future(ticking(line))
     try:
-        await km.start_kernel(cwd=str(folder), env=kernel_env(), extra_arguments=KERNEL_ARGS)
+        await km.start_kernel(cwd=str(folder), env=kernel_env(threads), extra_arguments=KERNEL_ARGS)
         await client.async_start_new_kernel_client()
-        for line.k, (i, cell) in enumerate(cells, 1):
-            line.tick()
+        for job.k, (i, cell) in enumerate(cells, 1):
             try: await client.async_execute_cell(cell, i)
             except Exception as e:
-                e.where = f'code cell {line.k} of {len(cells)} (cell {i + 1} of {len(nb.cells)} in the notebook)'
+                e.where = f'code cell {job.k} of {len(cells)} (cell {i + 1} of {len(nb.cells)} in the notebook)'
                 e.source = cell.source
                 e.error = next((o for o in cell.outputs if o.output_type == 'error'), {})
                 raise
     finally:
-        ticker.cancel()
         if client.kc is not None: client.kc.stop_channels()
         if km.has_kernel: await km.shutdown_kernel()   # interrupts, asks, and kills after 5 s
-
-
-async def interruptible(task):
-    "The result of coroutine `task`; Ctrl-C or a polite kill ends it, then raises Interrupted."
-    task, loop, stopped = asyncio.ensure_future(task), asyncio.get_running_loop(), []
-    def stop(*_):
-        stopped.append(1)
-        loop.call_soon_threadsafe(task.cancel)
-    old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: return await task
-    except (Exception, asyncio.CancelledError):
-        if stopped: raise Interrupted from None   # nbclient turns the cancellation into "Kernel died"
-        raise
-    finally:
-        for s, h in old.items(): signal.signal(s, h)
 
 
 def explain(name, e):
@@ -224,33 +215,53 @@ def chosen(folder, names):
     return [p for p in every if not names or any(p in h for h in hits.values())]
 
 
-async def run_all(a, flags, home):
-    "Run every notebook of `a.notebooks`; the names of those that failed."
-    failed = []
-    for n, path in enumerate(a.notebooks, 1):
-        before = path.read_bytes()
-        nb = nbformat.reads(before.decode(), as_version=4)
-        cells = code_cells(nb, flags)
-        rest = sum(c.cell_type == 'code' and skipped(c, flags) for c in nb.cells)
-        note = f' ({rest} cell{"s"*(rest > 1)} skipped)' if rest else ''
-        line = Line(f'[{n:2}/{len(a.notebooks)}] {path.stem}', len(cells))
-        error = None
-        try: await interruptible(execute(nb, cells, path.parent, line, a.timeout))
-        except Interrupted:
-            line.end(f'interrupted in code cell {line.k} of {line.total}')
-            raise
-        except Exception as e: error = e
-        if a.out:
-            a.out.mkdir(parents=True, exist_ok=True)
-            nbformat.write(nb, a.out/path.name)
-        if error is None:
-            line.end((write_back(path, before, nb, cells) if a.refresh else 'ok') + note)
-            continue
-        line.end('FAILED')
+async def run_one(a, path, flags, board, head, threads):
+    "Run the notebook at `path` and say how it ended; the error that stopped it, if any."
+    before = path.read_bytes()
+    nb = nbformat.reads(before.decode(), as_version=4)
+    cells = code_cells(nb, flags)
+    rest = sum(c.cell_type == 'code' and skipped(c, flags) for c in nb.cells)
+    job, error = Job(head, len(cells)), None
+    board.jobs.append(job)
+    try: await execute(nb, cells, path.parent, job, a.timeout, threads)
+    except asyncio.CancelledError: error = Interrupted()
+    except Exception as e: error = Interrupted() if board.stopped else e   # nbclient turns a cancellation into "Kernel died"
+    if a.out:
+        a.out.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, a.out/path.name)
+    if error is None:
+        word = write_back(path, before, nb, cells) if a.refresh else 'ok'
+        board.end(job, word + (f' ({rest} cell{"s"*(rest > 1)} skipped)' if rest else ''))
+    elif isinstance(error, Interrupted): board.end(job, f'interrupted in code cell {job.k} of {job.total}')
+    else:
+        board.end(job, 'FAILED')
         print(explain(path.name, error), flush=True)
-        failed.append(path.stem)
-        if not a.keep_going: break
-    return failed, n
+    return error
+
+
+async def run_all(a, flags):
+    "Run every notebook of `a.notebooks`, up to `a.jobs` at once; the names of those that failed, and how many were tried."
+    loop, board, failed, n = asyncio.get_running_loop(), Board(), [], len(a.notebooks)
+    waiting, running = deque(enumerate(a.notebooks, 1)), {}   # running: {task: path}
+    def stop():
+        board.stopped = True
+        for task in running: task.cancel()
+    for s in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(s, stop)
+    def may_start():
+        if board.stopped or not waiting or (failed and not a.keep_going): return False
+        return not running or len(running) < a.jobs and not ALONE & {p.stem for p in (waiting[0][1], *running.values())}
+    ticker = asyncio.ensure_future(board.ticking())
+    while may_start() or running:
+        while may_start():
+            k, path = waiting.popleft()
+            threads = CORES if path.stem in ALONE else max(1, CORES//a.jobs)
+            running[asyncio.ensure_future(run_one(a, path, flags, board, f'[{k:2}/{n}] {path.stem}', threads))] = path
+        for task in (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]:
+            path, error = running.pop(task), task.result()
+            if error is not None: failed.append(path.stem)
+    ticker.cancel()
+    if board.stopped: raise Interrupted
+    return failed, n - len(waiting)
 
 
 def main():
@@ -258,6 +269,7 @@ def main():
     p.add_argument('names', nargs='*', metavar='NOTEBOOK', help='number, name or glob; all of them without')
     p.add_argument('--keep-going', action='store_true', help='go on after a notebook that failed')
     p.add_argument('--refresh', action='store_true', help='write the outputs back, cleaned, and copy the figures of README.md')
+    p.add_argument('--jobs', type=int, metavar='N', help='notebooks at once (default: 2 where there are two cores; 1 with --refresh)')
     p.add_argument('--out', type=Path, metavar='DIR', help='folder for the executed copies')
     p.add_argument('--timeout', type=float, metavar='S', help='seconds that one cell may take (default: no limit)')
     p.add_argument('--flags', default='', help='skipped kinds of cells to run all the same, such as "slow gpu"')
@@ -265,6 +277,9 @@ def main():
     a = p.parse_args()
     try: a.notebooks = chosen(a.nbs.resolve(), a.names)
     except ValueError as e: p.error(str(e))
+    if a.jobs is None: a.jobs = 1 if a.refresh or CORES < 2 else 2
+    if a.jobs < 1: p.error(f'--jobs {a.jobs}: at least 1')
+    a.jobs = min(a.jobs, len(a.notebooks))
     if a.refresh:
         import importlib.util
         if importlib.util.find_spec('nbdev') is None: p.error('--refresh needs nbdev: pip install -e .[dev]')
@@ -274,10 +289,10 @@ def main():
     start, clock, failed, ran, code = time.time(), time.monotonic(), [], 0, 0
     signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell ignores it for background jobs
     try:
-        failed, ran = asyncio.run(run_all(a, skip_flags() - set(a.flags.split()), home))
+        failed, ran = asyncio.run(run_all(a, skip_flags() - set(a.flags.split())))
         code = int(bool(failed))
     except (Interrupted, KeyboardInterrupt):
-        print('interrupted: the kernel was ended, finished notebooks keep what they made')
+        print('interrupted: no kernel is left, finished notebooks keep what they made')
         return 130
     lines = list(made(home, start))
     print('\nnew files:', *lines, sep='\n  ') if lines else print('\nno new files in figures/ and data/')

@@ -17,7 +17,7 @@ def notebook(folder, name, *sources):
     nbformat.write(new_notebook(cells=cells), folder/f'{name}.ipynb')
 
 
-def go(folder, *args, script=SCRIPT, **kw): return run(sys.executable, script, '--nbs', folder, *args, ok=False, cwd=folder.parent, **kw)
+def go(folder, *args, script=SCRIPT, **kw): return run(sys.executable, script, '--nbs', folder, '--jobs', '1', *args, ok=False, cwd=folder.parent, **kw)
 
 
 def outputs(path): return [c.outputs for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code']
@@ -51,6 +51,26 @@ def test_success_in_order(tmp_path):
     assert re.search(r'2 of 2 notebooks ran in [\d.]+ s\n$', p.stdout), p.stdout
     assert outputs(tmp_path/'out'/'00_early.ipynb')[1][0].text.split() == [sys.executable, str(nbs)]
     assert not any(outputs(nbs/'00_early.ipynb')), 'without --refresh the notebooks stay as they are'
+
+
+def test_side_by_side(tmp_path):
+    "Two notebooks run at once with half of the threads each, those that time or train run alone with all of them."
+    nbs = tmp_path/'nbs'
+    meet = ('import os, time\nme, other = {0!r}, {1!r}\nopen(me, "w").close()\nend = time.time() + 30\n'
+            'while not os.path.exists(other):\n    assert time.time() < end, "never met"\n    time.sleep(.05)')
+    log = 'import os\nwith open("threads", "a") as f: f.write(os.environ["OMP_NUM_THREADS"] + " ")'
+    alone = 'import glob, os\nassert not glob.glob("running*")'
+    busy = 'import time; open("running{0}", "w").close(); time.sleep(1); os.remove("running{0}")'
+    notebook(nbs, '00_a', meet.format('a', 'b'), log)
+    notebook(nbs, '01_b', meet.format('b', 'a'), log, busy.format(1))
+    notebook(nbs, '02_training', alone, log, busy.format(2))
+    notebook(nbs, '03_c', alone, log)
+    p = go(nbs, '--jobs', '2', env={k: v for k, v in os.environ.items() if k != 'OMP_NUM_THREADS'})
+    assert p.returncode == 0 and p.stdout.count(' ok\n') == 4, p.stdout
+    cores = len(os.sched_getaffinity(0))
+    half = max(1, cores//2)
+    assert list(map(int, (nbs/'threads').read_text().split())) == [half, half, cores, half]
+    assert go(nbs, '--jobs', '0').returncode == 2
 
 
 def test_failure_names_the_cell(tmp_path):
