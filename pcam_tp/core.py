@@ -33,9 +33,9 @@ def budget():
     return b
 
 # %% ../nbs/90_core.ipynb #065835ba
-BUDGETS = {  # patches per split at most, passes over the training patches, stain jitter, patches explained, bootstrap resamples
-    'quick': dict(n_train=6_000, n_valid=1_500, n_test=1_500, epochs=3, epochs_resnet=1, stain=.15, n_explain=256, n_resamples=1_000),
-    'full': dict(n_train=40_000, n_valid=5_000, n_test=5_000, epochs=18, epochs_resnet=8, stain=.25, n_explain=1_000, n_resamples=2_000)}
+BUDGETS = {  # patches per split at most, passes over the training patches, batch and stain jitter, patches explained, bootstrap resamples
+    'quick': dict(n_train=6_000, n_valid=1_500, n_test=1_500, epochs=3, epochs_resnet=1, batch_size=32, stain=.15, n_explain=256, n_resamples=1_000),
+    'full': dict(n_train=40_000, n_valid=5_000, n_test=5_000, epochs=18, epochs_resnet=8, batch_size=64, stain=.25, n_explain=1_000, n_resamples=2_000)}
 
 # %% ../nbs/90_core.ipynb #5fa24dc8
 def sizes(

@@ -181,11 +181,11 @@ def choose(
     "What `explain` will run. `ValueError` for a name that does not exist."
     known = METHODS | {k: Method(f, False, 0, False, 'control') for k, f in CONTROLS.items()}
     names = list(METHODS) if methods is None else [methods] if isinstance(methods, str) else methods
-    if isinstance(names, dict): return names
-    for kind, given, possible in (('method', names, known), ('control', controls, ('shifted', 'other', 'untrained'))):
+    named = names if isinstance(names, dict) else {}
+    for kind, given, possible in (('method', () if named else names, known), ('control', controls, ('shifted', 'other', 'untrained'))):
         unknown = [n for n in given if n not in possible]
         if unknown: raise ValueError(f'{kind} {", ".join(map(repr, unknown))}: expected some of {", ".join(possible)}')
-    return {n: known[n] for n in names}
+    return named or {n: known[n] for n in names}
 
 # %% ../nbs/08_all_methods.ipynb #ce2dced8
 class _ClassScores(nn.Module):

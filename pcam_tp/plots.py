@@ -337,7 +337,7 @@ _BAR = 3.3  # inches that a colour bar with its label takes
 def _map_titles(maps, stats, stat_name, n):
     "Method and statistic above each map, wrapped to a patch's width."
     name = {k: textwrap.fill(k, 18, break_long_words=False) for k in maps}
-    number = lambda v: '–' if np.isnan(v) else f'{v:.2f}'
+    number = lambda v: '–' if np.isnan(v) else f'{v:.2f}'.replace('-', '−')
     stat = lambda k, i: '\n' + textwrap.fill(f'{stat_name} {number(stats[k][i])}'.strip(), 19) if k in stats else ''
     return {(i, j): name[k] + stat(k, i) for j, k in enumerate(maps) for i in range(n)}
 
@@ -571,8 +571,9 @@ def plot_sweep(
     _check_columns(df, x, 'estimate', 'low', 'high', *([hue] if hue else []))
     df, fig = df.reset_index(drop=True), _figure((6.6, 3.8), layout='constrained')
     ax, (at, ticks) = fig.subplots(), _positions(df[x])
+    apart = .06 if ticks else .01*np.ptp(at)*df['low'].notna().any()   # curves stand side by side where bars could cover each other
     for k, (name, d) in enumerate(df.groupby(hue, sort=False) if hue else [('', df)]):
-        line, shift = _line(k) if hue else dict(color='black'), .06*(k - (df[hue].nunique() - 1)/2) if hue and ticks else 0
+        line, shift = _line(k) if hue else dict(color='black'), apart*(k - (df[hue].nunique() - 1)/2) if hue else 0
         if {'null_low', 'null_high'} <= set(d):
             ax.fill_between(at[d.index], d['null_low'], d['null_high'], color=line['color'], alpha=.15, lw=0, label=f'{name} null, 95 %'.strip())
         ax.errorbar(at[d.index] + shift, d['estimate'], _bounds(d), **line, marker='o', ms=6, capsize=3, label=name if hue else 'estimate, 95 % interval')

@@ -226,7 +226,7 @@ def trained(
     if train is None: train, valid, _ = open_splits()
     options, usual_epochs = _recipe(name, **options)
     if options.get('pretrained'): options['pretrained'] = imagenet_weights(name) is not None   # a fallback must not take its name
-    config = dict(options=options, epochs=epochs or usual_epochs, seed=seed, stain=sizes().stain)
+    config = dict(options=options, epochs=epochs or usual_epochs, seed=seed, batch_size=sizes().batch_size, stain=sizes().stain)
     folder = home('data', 'models')/f'{name}-{run_name()}-{fingerprint(name, split_id(train), split_id(valid), _USUAL, **config)}'
     _make_together(folder, lambda tmp: _train_and_save(tmp, folder.with_suffix('.run.pt'), name, train, valid, **config), f'a trained {name}')
     model = load_model(folder, device)
@@ -234,10 +234,10 @@ def trained(
     return model
 
 # %% ../nbs/02_training.ipynb #026fcf99
-def _train_and_save(folder, checkpoint, name, train_split, valid_split, options, epochs, seed, stain):
+def _train_and_save(folder, checkpoint, name, train_split, valid_split, options, epochs, **recipe):
     "Train; the process that was given a folder writes the model into it."
-    model = build(name, seed=seed, **options)
-    history = train(model, train_split, valid_split, epochs, stain=stain, seed=seed, checkpoint=checkpoint)
+    model = build(name, seed=recipe['seed'], **options)
+    history = train(model, train_split, valid_split, epochs, checkpoint=checkpoint, **recipe)
     if folder is None: return
     best = history.loc[history.valid_loss.idxmin()]
     model.card['training'] = dict(best.to_dict(), run=run_name(), patches=len(train_split), epochs=len(history), parameters=trainable_parameters(model),
