@@ -26,7 +26,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = 'synthetic-quick'   # core.run_name() of the embedded data: the run whose outputs are committed
 README_FIGURES = ['03_gradcam_methods.png']            # figures/<run>/NAME that --refresh copies to figures/, where README.md shows them
-KERNEL_ARGS = ['--HistoryManager.hist_file=:memory:', '--IPKernelApp.log_level=40']   # 40: errors only
+KERNEL_ARGS = ['--HistoryManager.hist_file=:memory:', '--IPKernelApp.log_level=50']   # 40 would show what a kernel says that is ended while it answers
 SOURCE = os.environ.get('PCAM_TP_SOURCE') or os.environ.get('PCAM_TP_ASSETS') or 'synthetic'
 BUDGET = os.environ.get('PCAM_TP_BUDGET') or ('quick' if SOURCE == 'synthetic' else 'full')   # as pcam_tp.core has it
 ALONE = {'01_models', '02_training'} | ({'16_many_runs'} if BUDGET == 'full' else set())   # time or train networks at length: nothing beside them

@@ -120,6 +120,22 @@ def test_interrupt(tmp_path, sig):
     assert (nbs/'cleaned').exists(), 'the running cell had no chance to clean up'
 
 
+def test_interrupt_side_by_side(tmp_path):
+    "Ctrl-C ends both kernels that run, and no other notebook begins."
+    nbs = tmp_path/'nbs'
+    for name in ('00_a', '01_b', '02_c'): notebook(nbs, name, f'import os, time\nopen("{name}.tmp", "w").write(str(os.getpid())); os.replace("{name}.tmp", "{name}.pid")\ntime.sleep(90)')
+    p = subprocess.Popen([sys.executable, SCRIPT, '--nbs', nbs, '--jobs', '2'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert wait_for(lambda: len(list(nbs.glob('*.pid'))) == 2), 'the notebooks did not start'
+        kernels = [int(f.read_text()) for f in nbs.glob('*.pid')]
+        p.send_signal(signal.SIGINT)
+        out, _ = p.communicate(timeout=20)
+    finally: p.kill()
+    assert p.returncode == 130 and out.count('interrupted in code cell') == 2 and 'Traceback' not in out, out
+    assert wait_for(lambda: not any(map(alive, kernels)), 5), 'a kernel is still there'
+    assert not (nbs/'02_c.pid').exists()
+
+
 def test_new_files_are_reported(tmp_path):
     nbs = tmp_path/'nbs'
     notebook(nbs, '00_a', 'import os, pathlib', 'd = pathlib.Path(os.environ["PCAM_TP_HOME"])',
