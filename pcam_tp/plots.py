@@ -569,14 +569,14 @@ def plot_sweep(
 ): # a matplotlib Figure
     "Points with interval bars along a setting, one curve per `hue`, with a grey null band where the table has one."
     _check_columns(df, x, 'estimate', 'low', 'high', *([hue] if hue else []))
-    df, fig = df.reset_index(drop=True), _figure((6.6, 3.8), layout='constrained')
+    df, bars, fig = df.reset_index(drop=True), df['low'].notna().any(), _figure((6.6, 3.8), layout='constrained')
     ax, (at, ticks) = fig.subplots(), _positions(df[x])
-    apart = .06 if ticks else .01*np.ptp(at)*df['low'].notna().any()   # curves stand side by side where bars could cover each other
+    apart = .06 if ticks else .01*np.ptp(at)*bars   # curves stand side by side where bars could cover each other
     for k, (name, d) in enumerate(df.groupby(hue, sort=False) if hue else [('', df)]):
         line, shift = _line(k) if hue else dict(color='black'), apart*(k - (df[hue].nunique() - 1)/2) if hue else 0
         if {'null_low', 'null_high'} <= set(d):
             ax.fill_between(at[d.index], d['null_low'], d['null_high'], color=line['color'], alpha=.15, lw=0, label=f'{name} null, 95 %'.strip())
-        ax.errorbar(at[d.index] + shift, d['estimate'], _bounds(d), **line, marker='o', ms=6, capsize=3, label=name if hue else 'estimate, 95 % interval')
+        ax.errorbar(at[d.index] + shift, d['estimate'], _bounds(d) if bars else None, **line, marker='o', ms=6, capsize=3, label=name if hue else 'estimate, 95 % interval' if bars else 'estimate')
     if chance is not None: ax.axhline(chance, color='grey', ls='--', lw=1.2, label=f'chance {chance:.3g}')
     if ticks: ax.set_xticks(range(len(ticks)), ticks)
     ax.set(xlabel=xlabel or x, ylabel=ylabel, title=title); ax.legend(loc='center left', bbox_to_anchor=(1, .5))

@@ -29,7 +29,7 @@ README_FIGURES = ['03_gradcam_methods.png']            # figures/<run>/NAME that
 KERNEL_ARGS = ['--HistoryManager.hist_file=:memory:', '--IPKernelApp.log_level=50']   # 40 would show what a kernel says that is ended while it answers
 SOURCE = os.environ.get('PCAM_TP_SOURCE') or os.environ.get('PCAM_TP_ASSETS') or 'synthetic'
 BUDGET = os.environ.get('PCAM_TP_BUDGET') or ('quick' if SOURCE == 'synthetic' else 'full')   # as pcam_tp.core has it
-ALONE = {'01_models', '02_training'} | ({'16_many_runs'} if BUDGET == 'full' else set())   # time or train networks at length: nothing beside them
+ALONE = {'01_models', '02_training'} | ({'08_all_methods', '16_many_runs'} if BUDGET == 'full' else set())   # work for minutes: all threads, and nothing beside them
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 TTY = sys.stdout.isatty()
 
