@@ -35,9 +35,17 @@ def _features(width):
     return c[-1], OrderedDict(conv1=_block(3, c[0]), conv2=_block(c[0], c[1]), pool1=nn.MaxPool2d(2),
                               conv3=_block(c[1], c[2]), pool2=nn.MaxPool2d(2), conv4=_block(c[2], c[3]))
 
+# %% ../nbs/01_models.ipynb #dc0a4618
+class _Flatten(nn.Flatten):
+    "`nn.Flatten`, with a gradient in the layout of its input: channels_last holds all the way back."
+    def forward(self, x):
+        if x.grad_fn is not None and x.is_contiguous(memory_format=torch.channels_last):
+            x.register_hook(lambda g: g.contiguous(memory_format=torch.channels_last))
+        return super().forward(x)
+
 # %% ../nbs/01_models.ipynb #e7bab815
 def _head(kind, c, n_classes, dropout):
-    grid = [nn.AdaptiveAvgPool2d(6), nn.Flatten()]
+    grid = [nn.AdaptiveAvgPool2d(6), _Flatten()]
     if kind == 'mlp': return nn.Sequential(*grid, nn.Dropout(dropout), nn.Linear(36*c, 256), nn.ReLU(), nn.Dropout(dropout), nn.Linear(256, n_classes))
     if kind == 'flatten': return nn.Sequential(*grid, nn.Dropout(dropout), nn.Linear(36*c, n_classes))
     if kind == 'gap': return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, n_classes))
