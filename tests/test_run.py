@@ -1,11 +1,12 @@
 "scripts/run.py on tiny notebooks: the right kernel, readable failures, a clean Ctrl-C, outputs kept and written back."
-import json, os, re, shutil, signal, subprocess, sys, time
+import json, os, re, runpy, shutil, signal, subprocess, sys, time
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from conftest import ROOT, run
+from pcam_tp.core import budget
 
 SCRIPT = ROOT/'scripts'/'run.py'
 
@@ -134,6 +135,14 @@ def test_interrupt_side_by_side(tmp_path):
     assert p.returncode == 130 and out.count('interrupted in code cell') == 2 and 'Traceback' not in out, out
     assert wait_for(lambda: not any(map(alive, kernels)), 5), 'a kernel is still there'
     assert not (nbs/'02_c.pid').exists()
+
+
+@pytest.mark.parametrize('env', ({}, dict(PCAM_TP_SOURCE='pcam'), dict(PCAM_TP_ASSETS='dir'), dict(PCAM_TP_SOURCE='synthetic', PCAM_TP_ASSETS='dir'), dict(PCAM_TP_BUDGET='full')))
+def test_budget_is_that_of_core(monkeypatch, env):
+    "The runner does without pcam_tp, which would load torch, and must still know which notebooks are long."
+    for k in ('SOURCE', 'ASSETS', 'BUDGET'): monkeypatch.delenv(f'PCAM_TP_{k}', raising=False)
+    for k, v in env.items(): monkeypatch.setenv(k, v)
+    assert runpy.run_path(str(SCRIPT))['BUDGET'] == budget()
 
 
 def test_new_files_are_reported(tmp_path):
