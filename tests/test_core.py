@@ -1,4 +1,4 @@
-"What 90_core cannot show in one process: writers that are killed, two makers, folders by environment."
+"What foundation/00_core cannot show in one process: writers that are killed, two makers, folders by environment."
 import signal, subprocess, sys
 
 import pytest

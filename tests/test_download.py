@@ -1,4 +1,4 @@
-"What 98_download cannot show in one process: a server that misbehaves in every known way, full disks, signals, two processes."
+"What foundation/03_download cannot show in one process: a server that misbehaves in every known way, full disks, signals, two processes."
 import gzip, hashlib, io, os, resource, signal, subprocess, sys, threading, time
 from collections import namedtuple
 from email.utils import formatdate

@@ -1,4 +1,4 @@
-"What 86_many_maps cannot show: maps written by processes that are killed, and by two at once, are the maps of one that was left alone."
+"What tools/00_many_maps cannot show: maps written by processes that are killed, and by two at once, are the maps of one that was left alone."
 import os, signal, subprocess, sys, time
 
 import h5py

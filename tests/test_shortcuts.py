@@ -1,4 +1,4 @@
-"What 89_shortcuts cannot show in one process: the same bytes in another process, blocks of another size, a writer that fails."
+"What foundation/08_shortcuts cannot show in one process: the same bytes in another process, blocks of another size, a writer that fails."
 import hashlib, os
 
 import pytest

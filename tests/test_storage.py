@@ -1,4 +1,4 @@
-"What 99_storage cannot show in one process: memory of fresh processes, files that travel to workers, a writer that is killed."
+"What foundation/02_storage cannot show in one process: memory of fresh processes, files that travel to workers, a writer that is killed."
 import multiprocessing, shutil, signal, subprocess, sys
 from pathlib import Path
 
