@@ -1,5 +1,5 @@
 "What foundation/00_core cannot show in one process: writers that are killed, two makers, folders by environment."
-import signal, subprocess, sys
+import contextlib, signal, subprocess, sys
 
 import pytest
 import torch
@@ -104,3 +104,40 @@ assert not torch.backends.cuda.matmul.allow_tf32
 '''
     out = python(code).stdout.splitlines()
     assert len(out) == 1 and torch.__version__ in out[0], out
+
+
+@pytest.fixture
+def device_that_takes(monkeypatch):
+    "A CUDA device for `best_batch_size`: `seconds(n)` a pass of n images, and gigabytes of free memory."
+    def make(seconds, free=64):
+        clock, calls = [0.], []
+        def net(x):
+            calls.append(len(x))
+            clock[0] += seconds(len(x))
+        monkeypatch.setattr(core, '_small_convolutions', lambda device: net)
+        monkeypatch.setattr(core.time, 'perf_counter', lambda: clock[0])
+        for name, value in dict(synchronize=None, mem_get_info=(free*2**30, 80*2**30), memory_reserved=0, memory_allocated=0, current_device=0).items():
+            monkeypatch.setattr(torch.cuda, name, lambda *a, value=value: value)
+        monkeypatch.setattr(core.torch, 'rand', lambda *shape, device, dtype: torch.empty(shape[0], 1, 1, 1))
+        monkeypatch.setattr(torch.random, 'fork_rng', lambda devices: contextlib.nullcontext())
+        core._measured_batch.cache_clear(); core._batch_size.cache_clear()
+        return calls
+    yield make
+    core._measured_batch.cache_clear(); core._batch_size.cache_clear()
+
+
+@pytest.mark.parametrize('seconds, free, expected', [
+    (lambda n: max(.002, n*1e-5), 80, 256),     # full from 200 images on: the smallest that fills it
+    (lambda n: .002 + n*1e-5, 80, 1_024),       # never full: the largest that is tried
+    (lambda n: .001*n, 80, 32),                 # each image costs the same
+    (lambda n: .01*n, 80, 32),                  # slow: it stops after few
+    (lambda n: max(.002, n*1e-5), 8, 128),      # 8 GiB free: 128 images
+    (lambda n: max(.002, n*1e-5), 1, 16),       # less than the smallest that is tried
+    (lambda n: max(.002, n*1e-5), .01, 1)], ids=['fills', 'never', 'linear', 'slow', 'memory', 'little', 'none'])
+def test_batch_size_of_a_card(device_that_takes, seconds, free, expected):
+    calls = device_that_takes(seconds, free)
+    assert core.best_batch_size('cuda') == expected
+    assert sum(map(seconds, calls)) < .5 + 2*seconds(32)
+    n = len(calls)
+    assert core.best_batch_size(torch.device('cuda', 0)) == expected and len(calls) == n, 'measured again'
+    assert core.best_batch_size('cuda', (192, 192)) == max(1, expected//4) and len(calls) == n
