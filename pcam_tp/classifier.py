@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'PCAM_MEAN', 'PCAM_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'class_score', 'as_target', 'as_logits',
-           'check_images', 'Classifier', 'evaluating', 'predict', 'get_layer', 'chosen_layers', 'layer_output',
-           'copied', 'trainable_parameters']
+           'check_images', 'Classifier', 'evaluating', 'check_model', 'predict', 'get_layer', 'chosen_layers',
+           'layer_output', 'copied', 'trainable_parameters']
 
 # %% ../nbs/foundation/11_classifier.ipynb #526d50b2
 import contextlib, copy, threading, warnings, weakref
@@ -27,7 +27,8 @@ def class_score(
 ) -> torch.Tensor: # (N,), higher = more evidence for the target
     "The number that is explained and measured. Log-odds: z_c − logsumexp of the other logits."
     if score not in SCORES: raise ValueError(f'score {score!r}: expected one of {SCORES}')
-    if logits.ndim != 2 or logits.shape[1] < 2: raise ValueError(f'logits have shape {tuple(logits.shape)}: expected (N, K), K > 1')
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f'logits have shape {tuple(logits.shape)}: expected (N, K), K > 1')
     index = target.view(-1, 1)
     z = logits.gather(1, index)[:, 0]
     if score == 'logit': return z
@@ -45,7 +46,8 @@ def as_target(
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         raise ValueError(f'target holds {t.dtype} values: expected classes, whole numbers from 0 to {n_classes - 1}')
     t = t.detach().long().expand(n) if t.ndim == 0 else t.detach().long()
-    if t.shape != (n,): raise ValueError(f'target has shape {tuple(t.shape)}: expected one class for each of the {n} images')
+    if t.shape != (n,):
+        raise ValueError(f'target has shape {tuple(t.shape)}: expected one class for each of the {n} images')
     if ((t < 0) | (t >= n_classes)).any():
         raise ValueError(f'target {t.unique().tolist()}: the model has classes 0 to {n_classes - 1}')
     return t.clone()   # a class that was predicted in inference mode may enter a graph
@@ -84,11 +86,12 @@ def check_images(
     "Raise `ValueError` if `x` is not float (N, 3, H, W) with N > 0 and values in [0, 1]."
     if not torch.is_tensor(x) or x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point() or not x.numel():
         found = f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__
-        raise ValueError(f'x is {found}: expected float (N, 3, H, W) in [0, 1], N > 0; one image needs a first axis, x[None]')
+        raise ValueError(f'x is {found}: expected float (N, 3, H, W) in [0, 1], N > 0; '
+                         'one image needs a first axis, x[None]')
     low, high = (v.item() for v in torch.aminmax(x.detach()))
     if not (low >= -1e-3 and high <= 1 + 1e-3):   # false for NaN, too
-        raise ValueError(f'x has values from {low:.3g} to {high:.3g}: expected RGB in [0, 1]. Divide bytes by 255, clamp what '
-                         'overshoots, and leave normalisation to Classifier(net, mean=…, std=…)')
+        raise ValueError(f'x has values from {low:.3g} to {high:.3g}: expected RGB in [0, 1]. Divide bytes by 255, '
+                         'clamp what overshoots, and leave normalisation to Classifier(net, mean=…, std=…)')
 
 # %% ../nbs/foundation/11_classifier.ipynb #ba4bb90e
 PCAM_MEAN, PCAM_STD = (.701, .538, .692), (.235, .277, .213)  # of PCam's training split
@@ -98,16 +101,18 @@ def _colour(name, v, low, high):
     "Three numbers as a buffer (1, 3, 1, 1)."
     t = torch.as_tensor(v).detach().float().flatten()
     if len(t) != 3 or not ((t >= low) & (t <= high)).all():
-        raise ValueError(f'{name} is {t.tolist()}: expected three numbers for RGB in [0, 1]; of values up to 255, divide by 255')
+        raise ValueError(f'{name} is {t.tolist()}: expected three numbers for RGB in [0, 1]; '
+                         'of values up to 255, divide by 255')
     return t.view(1, 3, 1, 1).clone()
 
 # %% ../nbs/foundation/11_classifier.ipynb #a5130137
 class Classifier(nn.Module):
     """RGB in [0, 1] in, logits (N, K), K > 1, out. Inside: centre crop, resize, normalisation, network.
-    In-place activations are switched off. One logit z becomes (−z/2, z/2). Raises `ValueError` for outputs without a plain meaning."""
+    In-place activations are switched off. One logit z becomes (−z/2, z/2).
+    Raises `ValueError` for outputs without a plain meaning."""
     def __init__(self,
         net:nn.Module, # normalised images to logits (N, K), or to one logit for the second of two classes
-        layers=(), # names of the layers worth explaining, early to late; or a dict name → function from its output to (N, C, h, w)
+        layers=(), # names worth explaining, early to late; a dict: name → function from its output to (N, C, h, w)
         crop:int=None, # side of the centre crop, in pixels of the input; all if None
         size:int=None, # side of what the network sees; no resizing if None
         mean=PCAM_MEAN, std=PCAM_STD, # of the normalisation, in [0, 1]
@@ -156,7 +161,8 @@ def forward(self:Classifier, x):
     z = as_logits(self._ask_network(self.preprocess(x)), len(x), self.output)
     if not self.classes: self.classes = tuple(f'class {k}' for k in range(z.shape[1]))
     if len(self.classes) != z.shape[1]:
-        raise ValueError(f'the network gives {z.shape[1]} logits, and classes are {self.classes}: expected a name for each')
+        raise ValueError(f'the network gives {z.shape[1]} logits, and classes are {self.classes}: '
+                         'expected a name for each')
     return z.detach() if self.needs_tape and not torch.is_grad_enabled() else z
 
 @patch
@@ -167,9 +173,11 @@ def _ask_network(self:Classifier, z):
         if not self.needs_tape: return self.net(z)
         with torch.enable_grad(): return self.net(z)
     except RuntimeError as e:
-        if 'view size is not compatible' in str(e) and self.layout == torch.channels_last: self.layout = torch.contiguous_format
-        elif 'register a hook' in str(e) and not self.needs_tape: self.needs_tape = True
-        else: raise
+        flattens = 'view size is not compatible' in str(e) and self.layout == torch.channels_last
+        hooks = 'register a hook' in str(e) and not self.needs_tape
+        if not flattens and not hooks: raise
+        if flattens: self.layout = torch.contiguous_format
+        if hooks: self.needs_tape = True
     return self._ask_network(z.contiguous(memory_format=self.layout))
 
 @patch
@@ -210,14 +218,20 @@ def evaluating(
             for m, training in modes: m.training = training
 
 # %% ../nbs/foundation/11_classifier.ipynb #1452c396
+def check_model(model):
+    "Raise `ValueError` if `model` is not a `Classifier`."
+    if not isinstance(model, Classifier):
+        raise ValueError(f'model is {type(model).__name__}: wrap it, Classifier(model)')
+
 def predict(
     model:Classifier,
     x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
     batch_size:int=None # images in one pass; the device's own if None
 ) -> torch.Tensor: # logits (N, K), on the processor
-    "Logits in evaluation mode, without gradients, in batches; `x` is moved to the model's device. Warns, once, of probabilities."
+    """Logits in evaluation mode, without gradients, in batches; `x` is moved to the model's device.
+    Warns, once, of outputs that look like probabilities."""
+    check_model(model)
     check_images(x)
-    if not isinstance(model, Classifier): raise ValueError(f'model is {type(model).__name__}: wrap it, Classifier(model)')
     size = batch_size or best_batch_size(model.device, tuple(x.shape[2:]))
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         z = torch.cat([model(b.to(model.device)).float().cpu() for b in x.split(size)])
@@ -227,12 +241,13 @@ def predict(
 
 def _warn_of_probabilities(model, z):
     "A softmax or sigmoid inside the network makes log-odds of probabilities: a number without a name."
+    one_logit = z.shape[1] == 2 and bool((z[:, 0] == -z[:, 1]).all())
+    positive = len(z) > 15 and one_logit and 0 <= z[:, 1].min() and z[:, 1].max() <= .5   # (−p/2, p/2)
     if z.min() >= 0 and (z.sum(1) - 1).abs().max() < 1e-4: kind = 'softmax'
-    elif isinstance(list(model.net.modules())[-1], nn.Sigmoid): kind = 'sigmoid'
-    elif len(z) > 15 and (z[:, 0] + z[:, 1:].sum(1)).abs().max() == 0 and 0 <= z[:, 1].min() and z[:, 1].max() <= .5: kind = 'sigmoid'
+    elif positive or isinstance(list(model.net.modules())[-1], nn.Sigmoid): kind = 'sigmoid'
     else: return
-    warnings.warn(f'the outputs of {type(model.net).__name__} look like probabilities (a {kind} inside?): explain a network without it, '
-                  'or scores are log-odds of probabilities', stacklevel=3)
+    warnings.warn(f'the outputs of {type(model.net).__name__} look like probabilities (a {kind} inside?): '
+                  'explain a network without it, or scores are log-odds of probabilities', stacklevel=3)
 
 # %% ../nbs/foundation/11_classifier.ipynb #5ba48cc3
 def get_layer(
@@ -278,14 +293,16 @@ def grid(self:Classifier,
 def _patch(self:Classifier):
     "Side of the patches that the first convolution cuts, or None: (height, width)."
     first = next((m for m in self.net.modules() if isinstance(m, nn.Conv2d)), None)
-    return first.kernel_size if first is not None and first.kernel_size == first.stride and max(first.stride) > 1 else None
+    cuts = first is not None and first.kernel_size == first.stride and max(first.stride) > 1
+    return first.kernel_size if cuts else None
 
 def _is_grid(h, w, height, width):
     "Is h×w the size of a height×width image after some stride?"
-    return any((-(-height//s), -(-width//s)) == (h, w) or (height//s, width//s) == (h, w) for s in range(1, max(height, width) + 1))
+    down, up = lambda s: (height//s, width//s), lambda s: (-(-height//s), -(-width//s))
+    return any((h, w) in (down(s), up(s)) for s in range(1, max(height, width) + 1))
 
 def _as_grid(a, seen, patch):
-    "`a` as (N, C, h, w) for a network that sees `seen` = (h, w) pixels in patches of `patch`; None if that is not plain."
+    "`a` as (N, C, h, w) for a network that sees `seen` = (h, w) pixels in patches of `patch`, or None."
     if a.ndim == 4:
         first, last = a.shape[1:3], a.shape[2:]   # height and width, if channels are last or first
         if _is_grid(*last, *seen): return a
@@ -327,7 +344,7 @@ def copied(
 # %% ../nbs/foundation/11_classifier.ipynb #b4575a3a
 @patch
 def train(self:Classifier, mode:bool=True):
-    "Training mode, but for the parts in which nothing learns: their running statistics stand still, and their dropout is off."
+    "Training mode, but for the parts in which nothing learns: their statistics stand still, their dropout is off."
     nn.Module.train(self, mode)
     for m in self.net.modules():
         learns = [p.requires_grad for p in m.parameters()]

@@ -62,7 +62,7 @@ def untrained(
     model:Classifier,
     seed:int=0
 ) -> Classifier: # a copy in evaluation mode
-    "The same network with fresh random weights; parameters that no layer knows how to draw again, such as class tokens, are shuffled."
+    "The same network with fresh random weights; what no layer can draw again, such as class tokens, is shuffled."
     fresh, done = copied(model).cpu(), set()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -18,7 +18,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from fastcore.basics import patch
 from torchvision.transforms.functional import gaussian_blur
 
-from .classifier import SCORES, Classifier, as_target, check_images, chosen_layers, class_score, evaluating, get_layer, predict
+from .classifier import (SCORES, Classifier, as_target, check_images, check_model, chosen_layers, class_score,
+                                evaluating, get_layer, predict)
 from .core import best_batch_size, progress
 
 # %% ../nbs/foundation/12_questions.ipynb #e1fc4c74
@@ -27,22 +28,23 @@ def autocast(
     device:torch.device,
     precision:str='fp32' # 'fp32', 'bf16' or 'fp16'
 ): # a context manager
-    "The network's precision inside the block; 'fp32' switches off an autocast that is on outside. `ValueError` for any other word."
+    "The network's precision inside the block; 'fp32' switches off an outer autocast. `ValueError` for any other word."
     if precision not in PRECISIONS: raise ValueError(f'precision {precision!r}: expected one of {tuple(PRECISIONS)}')
-    return torch.autocast(device.type, PRECISIONS[precision] if precision != 'fp32' else None, enabled=precision != 'fp32')
+    low = precision != 'fp32'
+    return torch.autocast(device.type, PRECISIONS[precision] if low else None, enabled=low)
 
 # %% ../nbs/foundation/12_questions.ipynb #ec0f2ff5
 BASELINES = 'white', 'black', 'mean', 'blur', 'noise'
 
 def baseline(
     x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
-    kind='white', # one of `BASELINES`, or values in [0, 1]: a number, a colour (3,), an image (3, H, W), images (N, 3, H, W)
+    kind='white', # one of `BASELINES`, or in [0, 1]: a number, a colour (3,), an image (3, H, W), images (N, 3, H, W)
     seed:int=0 # of 'noise', which is the same for every image
 ) -> torch.Tensor: # like x
-    """What hidden pixels become: 'mean' is the image's own mean colour, 'blur' a Gaussian with σ of a twelfth of its side,
-    'noise' uniform in [0, 1]. Raises `ValueError` for another word, shape or range."""
+    """What hidden pixels become: 'mean' is the image's own mean colour, 'blur' a Gaussian with σ of a twelfth of its
+    side, 'noise' uniform in [0, 1]. Raises `ValueError` for another word, shape or range."""
     if not isinstance(kind, str): return _given_baseline(x, kind)
-    if kind not in BASELINES: raise ValueError(f'baseline {kind!r}: expected one of {", ".join(BASELINES)}, a number or a tensor')
+    _check_word(kind)
     if kind in ('black', 'white'): return torch.full_like(x, float(kind == 'white'))
     if kind == 'mean': return x.mean((2, 3), keepdim=True).expand_as(x)
     if kind == 'noise': return torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(seed)).to(x).expand_as(x)
@@ -50,21 +52,28 @@ def baseline(
     side = 2*min(int(3*sigma), min(x.shape[2:]) - 1) + 1
     return gaussian_blur(x, side, sigma)
 
+_EXPECTED = f'expected one of {", ".join(BASELINES)}, a number or a tensor'
+
+def _check_word(kind):
+    if kind not in BASELINES: raise ValueError(f'baseline {kind!r}: {_EXPECTED}')
+
 def _given_baseline(x, value):
     "A number, array or tensor as images like `x`."
     if not isinstance(value, (Real, np.ndarray, torch.Tensor)):
-        raise ValueError(f'baseline is {type(value).__name__}: expected one of {", ".join(BASELINES)}, a number or a tensor')
+        raise ValueError(f'baseline is {type(value).__name__}: {_EXPECTED}')
     t = torch.as_tensor(value).to(x)
     low, high = t.aminmax() if t.numel() else (torch.tensor(torch.nan),)*2
-    if not (low >= -1e-3 and high <= 1 + 1e-3): raise ValueError(f'baseline has values from {low:.3g} to {high:.3g}: expected [0, 1]')
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(f'baseline has values from {low:.3g} to {high:.3g}: expected [0, 1]')
     try: return (t.view(3, 1, 1) if t.ndim == 1 else t).expand_as(x)
     except RuntimeError:
-        raise ValueError(f'baseline has shape {tuple(t.shape)}: expected (3,), {tuple(x.shape[1:])} or {tuple(x.shape)}') from None
+        raise ValueError(f'baseline has shape {tuple(t.shape)}: '
+                         f'expected (3,), {tuple(x.shape[1:])} or {tuple(x.shape)}') from None
 
 # %% ../nbs/foundation/12_questions.ipynb #4b1dc4b6
 class Question:
-    """A few images, the class to explain for each, the score, and what hides pixels; asks the model in batches and leaves no trace in it.
-    `ValueError` for images, classes or words that do not fit."""
+    """A few images, the class to explain for each, the score, and what hides pixels.
+    Asks the model in batches and leaves no trace in it. `ValueError` for images, classes or words that do not fit."""
     def __init__(self,
         model:Classifier,
         x:torch.Tensor, # images (n, 3, H, W) in [0, 1]
@@ -81,16 +90,17 @@ class Question:
         self.batch_size, self._kept = batch_size or best_batch_size(self.device, tuple(x.shape[2:])), {}
         with torch.inference_mode(False):   # so that gradients can be taken inside somebody's inference mode
             self.x = x.detach().to(self.device, torch.float32, copy=True, memory_format=torch.channels_last)
-            t = predict(model, self.x, self.batch_size).argmax(1) if target is None else as_target(target, len(x), n_classes)
-            self.target = t.to(self.device)
+            if target is None: target = predict(model, self.x, self.batch_size).argmax(1)
+            self.target = as_target(target, len(x), n_classes).to(self.device)
 
 def _check(model, x, score, precision, batch_size):
-    "The number of classes; raises `ValueError` for what does not fit. A network that was never asked is asked for one image."
+    "The number of classes; `ValueError` for what does not fit. A network that was never asked is asked for one image."
     check_images(x)
-    if not isinstance(model, Classifier): raise ValueError(f'model is {type(model).__name__}: wrap it, Classifier(model)')
+    check_model(model)
     if score not in SCORES: raise ValueError(f'score {score!r}: expected one of {SCORES}')
     autocast(model.device, precision)
-    if batch_size is not None and batch_size < 1: raise ValueError(f'batch_size is {batch_size}: expected at least 1, or None')
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f'batch_size is {batch_size}: expected at least 1, or None')
     if not model.seen: predict(model, x[:1], 1)
     return len(model.classes)
 
@@ -150,8 +160,8 @@ class _Taps:
         self.handles = [get_layer(model, l).register_forward_hook(self._hook(l)) for l in layers]
     def _hook(self, layer):
         def keep(module, inputs, out):
-            if layer in self.kept: raise ValueError(f'layer {layer!r} runs more than once in a pass: its map would be ambiguous')
-            if not torch.is_tensor(out): raise ValueError(f'layer {layer!r} gives {type(out).__name__}: expected a tensor')
+            if layer in self.kept: raise ValueError(f'layer {layer!r} runs more than once in a pass: ambiguous')
+            if not torch.is_tensor(out): raise ValueError(f'layer {layer!r} gives {type(out).__name__}: no tensor')
             torch.set_grad_enabled(True)
             self.kept[layer] = out if out.requires_grad else out.detach().requires_grad_()
             return self.kept[layer].clone()
@@ -182,7 +192,8 @@ def activations(self:Question,
     "What layers give, and the gradient of the score there; one pass for all that were not asked before."
     new, parts = [l for l in chosen_layers(self.model, layers) if l not in self._kept], []
     if new:
-        with torch.inference_mode(False), evaluating(self.model): self.batches(1, lambda i, j: parts.append(self._tap(new, i)))
+        with torch.inference_mode(False), evaluating(self.model):
+            self.batches(1, lambda i, j: parts.append(self._tap(new, i)))
         self._kept |= {l: tuple(map(torch.cat, zip(*(p[l] for p in parts)))) for l in new}
     return {l: self._kept[l] for l in layers}
 
@@ -193,14 +204,16 @@ def take(self:Question,
     what:str='values' # its name in the error
 ):
     "Those of the values that belong to this question's images."
-    if len(values) != self.total: raise ValueError(f'{what} has {len(values)} entries: expected one for each of the {self.total} images')
+    if len(values) != self.total:
+        raise ValueError(f'{what} has {len(values)} entries: expected one for each of the {self.total} images')
     return values[self.rows]
 
 @patch(nm='baseline')
 def _own_baseline(self:Question, kind=None, seed=None):
     "What hides the pixels of these images, (n, 3, H, W): see `baseline`; the question's own kind if None."
     kind, seed = self.hides if kind is None else kind, self.seed if seed is None else seed
-    if isinstance(kind, (list, tuple)): raise ValueError(f'baseline is a list of {len(kind)}: only integrated gradients take several')
+    if isinstance(kind, (list, tuple)):
+        raise ValueError(f'baseline is a list of {len(kind)}: only integrated gradients take several')
     if getattr(kind, 'ndim', 0) == 4 and len(kind) > 1: kind = self.take(kind, 'baseline')
     return baseline(self.x, kind, seed).detach().contiguous(memory_format=torch.channels_last)
 
@@ -213,7 +226,7 @@ def questions(
     *, batch_size:int=None, # images in a group and in one pass; the device's own if None
     **options # `baseline`, `precision`, `seed` of `Question`
 ): # yields each `Question`
-    "One question after the other about all images, in groups. `ValueError` for what does not fit, before the first one."
+    "One question after the other about all images, in groups. `ValueError` for what does not fit, before the first."
     n_classes = _check(model, x, score, options.get('precision', 'fp32'), batch_size)
     size = batch_size or best_batch_size(model.device, tuple(x.shape[2:]))
     t = None if target is None else as_target(target, len(x), n_classes)
@@ -231,22 +244,27 @@ class _Facts:
     "What tables and `explain` must know about an explainer."
     signed:bool # do maps have values against the class?
     source:str # paper and year
-    passes:Callable # images through the network for each image: a function of `shape`, `details` and the method's own options
+    passes:Callable # images through the network for each image: a function of `shape`, `details` and own options
     backward:bool # does it need gradients?
     fits:Callable # called with the model, raises ValueError where the method cannot work; or None
 
 COMMON = """
 
-    x: images (N, 3, H, W) in [0, 1]; target: class per image, one class, or None for the predicted one.
-    score: 'log_odds', 'logit' or 'probability'; baseline: what hidden pixels become, where a method hides some, see `questions.baseline`;
-    precision: 'fp32', or 'bf16' / 'fp16' under autocast; batch_size: images in one pass, the device's own if None; seed: of all that is random.
-    Returns maps (N, H, W) float32 on the model's device, raw, 0 outside a crop; with `details` also a dict with 'target' and what the method knows.
-    Raises `ValueError` that names the argument. Leaves model and images as they were."""
+    x: images (N, 3, H, W) in [0, 1]
+    target: class per image, one class, or None for the predicted one
+    score: 'log_odds', 'logit' or 'probability'
+    baseline: what hidden pixels become, where a method hides some: see `questions.baseline`
+    precision: 'fp32', or 'bf16' / 'fp16' under autocast
+    batch_size: images in one pass; the device's own if None
+    seed: of all that is random
+    details: also return a dict, with 'target' and what the method knows
+    Returns maps (N, H, W) float32 on the model's device, raw, 0 outside a crop. Raises `ValueError` that names the
+    argument. Leaves model and images as they were."""
 
 def explainer(
     *, signed:bool, # do maps have values against the class?
     source:str, # paper and year
-    passes=1, # images through the network for each image explained: a number, or a function of `shape`, `details` and own options
+    passes=1, # images through the network for each image: a number, or a function of `shape`, `details`, own options
     backward:bool=True, # does it need gradients?
     fits:Callable=None # called with the model; raises `ValueError` where the method cannot work on it
 ):
@@ -274,7 +292,9 @@ def _public(f, facts, changed):
         "The same explainer with other defaults."
         _known(f.__name__, options, [*own, 'baseline'])
         return _public(f, facts, changed | options)
-    def count(shape=(96, 96), details=False, **options): return facts.passes(**usual | options | dict(shape=shape, details=details))
+    def count(shape=(96, 96), details=False, **options):
+        "Images through the network for each image explained."
+        return facts.passes(**usual | options | dict(shape=shape, details=details))
     face.on, face.using, face.passes, face.options = on, using, count, [k for k in own if k != 'details']
     face.signed, face.source, face.backward, face.fits = facts.signed, facts.source, facts.backward, facts.fits
     face.__signature__, face.__doc__ = _signature(own, usual), (f.__doc__ or '') + COMMON
@@ -282,11 +302,11 @@ def _public(f, facts, changed):
 
 def _signature(own, usual):
     "What `help` and editors show: the common arguments around a method's own."
-    P = inspect.Parameter
-    common = dict(score='log_odds', baseline=usual.get('baseline', 'white'), precision='fp32', batch_size=None, seed=0, details=False)
+    def common(model, x, target=None, *, score='log_odds', baseline=usual.get('baseline', 'white'), precision='fp32',
+               batch_size=None, seed=0, details=False): pass
+    first = list(inspect.signature(common).parameters.values())
     mine = [p.replace(default=usual[k]) for k, p in own.items() if k != 'details']
-    return inspect.Signature([P('model', P.POSITIONAL_OR_KEYWORD), P('x', P.POSITIONAL_OR_KEYWORD), P('target', P.POSITIONAL_OR_KEYWORD, default=None),
-                              *mine, *(P(k, P.KEYWORD_ONLY, default=v) for k, v in common.items())])
+    return inspect.Signature(first[:3] + mine + first[3:])
 
 def _known(name, options, possible):
     unknown = [o for o in options if o not in possible]
@@ -304,7 +324,7 @@ def answers(
     explainers:dict, # name → explainer
     model:Classifier, x:torch.Tensor, target=None,
     *, details:bool=False, # also what the methods know
-    **options # `score`, `baseline`, `precision`, `batch_size`, `seed` of `Question`, and the method's own where there is one
+    **options # `score`, `baseline`, `precision`, `batch_size`, `seed`; a method's own, where there is one method
 ) -> dict: # name → (maps (N, H, W), details with 'target')
     "Maps of several explainers, asked together: one `Question` for each group of images serves them all."
     for e in explainers.values():
@@ -319,17 +339,16 @@ def answers(
         for q in asked:
             q.bar = bar
             for name, e in explainers.items(): parts[name].append(_checked(name, q, *e.on(q, details, **mine)))
-    return {name: (torch.cat([m for m, _ in found]), _joined([d for _, d in found]) if details else {}) for name, found in parts.items()}
-
-def _check_word(kind):
-    if kind not in BASELINES: raise ValueError(f'baseline {kind!r}: expected one of {", ".join(BASELINES)}, a number or a tensor')
+    join = lambda found: (torch.cat([m for m, _ in found]), _joined([d for _, d in found]) if details else {})
+    return {name: join(found) for name, found in parts.items()}
 
 def _checked(name, q, maps, details):
     "Maps as they must be: (n, H, W), finite, 0 outside the crop."
     maps, wanted = maps.detach().float(), (len(q.x), *q.x.shape[2:])
     if maps.shape != wanted: raise ValueError(f'{name} gives maps {tuple(maps.shape)}: expected {wanted}')
     bad = ~maps.isfinite().flatten(1).all(1)
-    if bad.any(): raise ValueError(f'{name} gives NaN or infinity for {int(bad.sum())} of {len(maps)} images ({q.precision})')
+    if bad.any():
+        raise ValueError(f'{name} gives NaN or infinity for {int(bad.sum())} of {len(maps)} images ({q.precision})')
     if q.model.crop is not None: maps = maps*q.model.inside(*wanted[1:])
     return maps, details | dict(target=q.target)
 
