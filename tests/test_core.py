@@ -1,10 +1,10 @@
 "What foundation/00_core cannot show in one process: writers that are killed, two makers, folders by environment."
-import contextlib, signal, subprocess, sys
+import builtins, contextlib, os, signal, subprocess, sys
 
 import pytest
 import torch
 
-from conftest import ROOT, python
+from conftest import ROOT, python, run
 from pcam_tp import core
 
 WRITER = '''
@@ -18,7 +18,8 @@ with atomic(Path(sys.argv[1])) as tmp:
 FILE, FOLDER = "tmp.write_bytes(b'x'*1000)", "tmp.mkdir(); (tmp/'part').write_bytes(b'x')"
 
 
-def start(code, *args): return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+def start(code, *args):
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize('half', [FILE, FOLDER], ids=['file', 'folder'])
@@ -27,13 +28,14 @@ def test_a_killed_writer_leaves_no_file(tmp_path, half):
     assert p.stdout.readline() == 'half\n'
     p.kill(); p.wait()
     assert not (tmp_path/'a.h5').exists()
-    with core.atomic(tmp_path/'a.h5') as tmp: tmp.write_bytes(b'whole')   # what it left behind does not stand in the way
+    with core.atomic(tmp_path/'a.h5') as tmp: tmp.write_bytes(b'whole')   # its remains do not stand in the way
     assert (tmp_path/'a.h5').read_bytes() == b'whole'
 
 
 def test_an_interrupted_writer_cleans_up(tmp_path):
     (tmp_path/'a.h5').write_bytes(b'old')
-    p = start('import signal; signal.signal(signal.SIGINT, signal.default_int_handler)' + WRITER.format(half=FILE), tmp_path/'a.h5')
+    interruptible = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)'
+    p = start(interruptible + WRITER.format(half=FILE), tmp_path/'a.h5')
     assert p.stdout.readline() == 'half\n'
     p.send_signal(signal.SIGINT); p.wait(20)
     assert [f.name for f in tmp_path.iterdir()] == ['a.h5'] and (tmp_path/'a.h5').read_bytes() == b'old'
@@ -84,26 +86,74 @@ def test_home(tmp_path, monkeypatch):
 
 
 def test_source_and_budget(monkeypatch, tmp_path):
-    monkeypatch.delenv('PCAM_TP_BUDGET'); monkeypatch.delenv('PCAM_TP_SOURCE')
-    assert (core.source(), core.budget(), core.run_name()) == ('synthetic', 'quick', 'synthetic-quick')
+    "Variables give the defaults, arguments go before them; assets that cannot be had are not claimed."
+    for k in ('BUDGET', 'SOURCE', 'ASSETS'): monkeypatch.delenv(f'PCAM_TP_{k}', raising=False)
+    ambient = lambda: (core.source(), core.budget(), core.run_name(), core.sizes().epochs)
+    assert ambient() == ('synthetic', 'quick', 'synthetic-quick', 3)
+    assert core.run_name(tmp_path) == f'{tmp_path.name}-full' and core.budget(tmp_path) == 'full'
+    assert core.run_name('pcam', 'quick') == 'pcam-quick' and core.sizes('full').epochs == 18
+    monkeypatch.setenv('PCAM_TP_ASSETS', 'https://example.org')
+    assert ambient() == ('assets', 'full', 'assets-full', 18) and core.assets_address() == 'https://example.org'
+    monkeypatch.setattr(core, '_lost', set())
+    core.lose_assets('https://example.org')
+    assert ambient() == ('synthetic', 'quick', 'synthetic-quick', 3)
     monkeypatch.setenv('PCAM_TP_SOURCE', str(tmp_path))
-    assert core.budget() == 'full'
+    assert ambient() == (str(tmp_path), 'full', f'{tmp_path.name}-full', 18)
+    assert core.run_name('synthetic') == 'synthetic-quick'
+    monkeypatch.setenv('PCAM_TP_BUDGET', 'huge')
+    for f in (core.budget, core.sizes, core.run_name):
+        with pytest.raises(ValueError, match="'huge'.*quick, full"): f()
+    assert core.run_name(budget='quick') == f'{tmp_path.name}-quick'
+
+
+def test_no_name_hides_another():
+    assert not set(core.__all__) & (set(dir(builtins)) | set(sys.stdlib_module_names))
+
+
+SHARED = '''
+import sys, time
+from pathlib import Path
+from pcam_tp.core import best_device, processes, wait_for_all
+index, count = processes()
+if index == 0: time.sleep(1)
+(Path(sys.argv[1])/f'{index} of {count} on {best_device().type}').touch()
+wait_for_all()
+assert len(list(Path(sys.argv[1]).iterdir())) == count
+'''
+
+
+def test_processes(tmp_path):
+    "Each knows its number and how many there are; one that waits for all finds what all have done."
+    for n in (1, 2):
+        folder = tmp_path/str(n)
+        folder.mkdir()
+        (tmp_path/'shared.py').write_text(SHARED)
+        launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', n] if n > 1 else []
+        run(sys.executable, *launch, tmp_path/'shared.py', folder, env={**os.environ, 'ACCELERATE_USE_CPU': '1'})
+        assert sorted(f.name for f in folder.iterdir()) == [f'{k} of {n} on cpu' for k in range(n)]
 
 
 def test_setup():
-    "The probe believes the clock, and what it draws does not move the seed."
+    "The probe believes the clock, and what it draws does not move the seed, whatever torch's default type."
     code = '''
-import torch, platform
+import torch
 from pcam_tp.core import setup
-cfg = setup(seed=3, threads=1, device='cpu'); a = torch.rand(4)
-setup(seed=3, threads=1, precision='no', verbose=False); b = torch.rand(4)
-assert torch.equal(a, b)
-assert (cfg.device.type, cfg.threads, cfg.seed, torch.get_num_threads()) == ('cpu', 1, 3, 1)
-assert cfg.precision in ('no', 'bf16', 'fp16') and cfg.keeps_memory in (True, False)
+torch.set_default_dtype(getattr(torch, sys.argv[1]))
+cfg = setup(seed=3, threads=1, device='cpu')
+a = torch.rand(4)
+setup(seed=3, threads=1, precision='no', verbose=False)
+assert torch.equal(a, torch.rand(4))
+assert (cfg.device.type, cfg.threads, cfg.batch_size, cfg.seed, torch.get_num_threads()) == ('cpu', 1, 32, 3, 1)
 assert not torch.backends.cuda.matmul.allow_tf32
+print(cfg.precision, cfg.keeps_memory)
 '''
-    out = python(code).stdout.splitlines()
-    assert len(out) == 1 and torch.__version__ in out[0], out
+    found = []
+    for default in ('float32', 'float64'):
+        line, result = python('import sys' + code, default).stdout.splitlines()
+        assert torch.__version__ in line and '32 images a pass' in line, line
+        found.append(result)
+    assert found[0].split()[0] in ('no', 'bf16') and found[0].split()[1] == found[1].split()[1], found
+
 
 
 @pytest.fixture
@@ -116,8 +166,9 @@ def device_that_takes(monkeypatch):
             clock[0] += seconds(len(x))
         monkeypatch.setattr(core, '_small_convolutions', lambda device: net)
         monkeypatch.setattr(core.time, 'perf_counter', lambda: clock[0])
-        for name, value in dict(synchronize=None, mem_get_info=(free*2**30, 80*2**30), memory_reserved=0, memory_allocated=0, current_device=0).items():
-            monkeypatch.setattr(torch.cuda, name, lambda *a, value=value: value)
+        card = dict(synchronize=None, mem_get_info=(int(free*2**30), 80*2**30), memory_reserved=0, memory_allocated=0,
+                    current_device=0)
+        for name, value in card.items(): monkeypatch.setattr(torch.cuda, name, lambda *a, value=value: value)
         monkeypatch.setattr(core.torch, 'rand', lambda *shape, device, dtype: torch.empty(shape[0], 1, 1, 1))
         monkeypatch.setattr(torch.random, 'fork_rng', lambda devices: contextlib.nullcontext())
         core._measured_batch.cache_clear(); core._batch_size.cache_clear()
