@@ -14,7 +14,7 @@ from .assets import pack_assets
 from .core import budget, file_hash, home, setup
 from .data import SPLITS, open_splits, write_split
 from .download import ZENODO, download
-from .training import trained
+from .recipe import trained
 
 # %% ../nbs/tools/01_cli.ipynb #ba452e53
 def write_subset_folder(

@@ -12,7 +12,8 @@ import pandas as pd
 from .core import sizes
 from .data import Split
 from .stats import compare, interval
-from .training import evaluate, results, trained
+from .recipe import trained
+from .training import evaluate, results
 
 # %% ../nbs/16_many_runs.ipynb #6551a001
 def seed_runs(
