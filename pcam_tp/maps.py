@@ -137,7 +137,7 @@ def top_mask(
     for i in (mask.sum(1) > k).nonzero()[:, 0].tolist(): mask[i] = _draw_ties(flat[i], edge[i], k, seed)
     return mask.view_as(t)
 
-# %% ../nbs/foundation/05_maps.ipynb #d614360c
+# %% ../nbs/foundation/05_maps.ipynb #e55b5249
 def _draw_ties(row, edge, k, seed):
     "True for the pixels above the edge, and for as many of those at it as make k."
     mask, tied = row > edge, (row == edge).nonzero()[:, 0].numpy()
@@ -153,7 +153,7 @@ def iou(
     "Intersection over union of each pair of masks (Jaccard index); NaN where both are empty."
     a, b = _as_masks(a, 'masks a'), _as_masks(b, 'masks b')
     if a.ndim != 3 or a.shape != b.shape:
-        raise ValueError(f'masks have shapes {tuple(a.shape)}, {tuple(b.shape)}: expected (N, H, W) of both; one is m[None]')
+        raise ValueError(f'masks have shapes {tuple(a.shape)}, {tuple(b.shape)}: expected (N, H, W) twice; or m[None]')
     return (a & b).flatten(1).sum(1)/(a | b).flatten(1).sum(1)
 
 def chance_iou(q):
@@ -161,7 +161,7 @@ def chance_iou(q):
     _check_share(q)
     return q/(2 - q)
 
-# %% ../nbs/foundation/05_maps.ipynb #421def50
+# %% ../nbs/foundation/05_maps.ipynb #a93b8d08
 def ssim(
     a, b, # maps (N, H, W), in the same units
     data_range:float=None, # largest minus smallest possible value; None: of each pair, both maps taken together
@@ -169,7 +169,7 @@ def ssim(
 ) -> np.ndarray: # (N,) in [−1, 1]
     """Structural similarity of each pair of maps (Wang et al. 2004), by scikit-image; 1 for equal maps.
 
-    NaN where a map is constant. Maps of two methods differ in units: scale both before, say by their largest |value|."""
+    NaN where a map is constant. Two methods differ in units: scale their maps before, say by the largest |value|."""
     a, b = _pair_of_maps(a, b)
     side = min(a.shape[1:])
     if window % 2 == 0 or not 3 <= window <= side:
@@ -190,7 +190,7 @@ def gini(
     rank = torch.arange(1, n + 1, dtype=v.dtype)
     return ((2*rank - n - 1)*v).sum(1)/(n*v.sum(1))
 
-# %% ../nbs/foundation/05_maps.ipynb #d1543a7d
+# %% ../nbs/foundation/05_maps.ipynb #c7c31fb0
 def entropy(
     maps # (N, H, W)
 ) -> torch.Tensor: # (N,) float64 in nats, in [0, log(H·W)]
