@@ -4,25 +4,37 @@
 
 # %% auto #0
 __all__ = ['as_maps', 'is_blank', 'centre_mask', 'mass_inside', 'centre_mass', 'random_maps', 'unit_ranks', 'rank_correlation',
-           'top_mask', 'iou', 'chance_iou', 'gini']
+           'top_mask', 'iou', 'chance_iou', 'ssim', 'gini', 'entropy']
 
 # %% ../nbs/foundation/05_maps.ipynb #6bd3cbaf
-import math
+import hashlib, math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import rankdata
+from skimage.metrics import structural_similarity
+
+from .release import CENTRE, SIDE
 
 # %% ../nbs/foundation/05_maps.ipynb #df01ba36
 def as_maps(
-    maps # torch or numpy, (N, H, W)
+    maps # torch or numpy, (N, H, W), on any device
 ) -> torch.Tensor: # float32 on the processor, (N, H, W)
-    "Check the shape of a batch of maps; NaN and infinity are errors, since no number made from them means anything."
+    "Check a batch of maps; NaN and infinity are errors, since no number made from them means anything."
     t = torch.as_tensor(maps).detach().float().cpu()
-    if t.ndim != 3: raise ValueError(f'maps have shape {tuple(t.shape)}: expected (N, H, W); a single map needs a first axis, map[None]')
-    if not torch.isfinite(t).all(): raise ValueError(f'{int((~torch.isfinite(t)).flatten(1).any(1).sum())} of {len(t)} maps hold NaN or infinity')
+    if t.ndim != 3 or 0 in t.shape[1:]:
+        raise ValueError(f'maps have shape {tuple(t.shape)}: expected (N, H, W); one map is map[None]')
+    bad = (~torch.isfinite(t)).flatten(1).any(1)
+    if bad.any(): raise ValueError(f'{int(bad.sum())} of {len(t)} maps hold NaN or infinity: leave them out')
     return t
+
+def _pair_of_maps(a, b):
+    "Two checked batches of one shape."
+    a, b = as_maps(a), as_maps(b)
+    if a.shape != b.shape:
+        raise ValueError(f'a has shape {tuple(a.shape)}, b {tuple(b.shape)}: expected pairs of maps of one size')
+    return a, b
 
 # %% ../nbs/foundation/05_maps.ipynb #3e50dbcf
 def is_blank(
@@ -36,29 +48,40 @@ def is_blank(
 
 # %% ../nbs/foundation/05_maps.ipynb #b01b4e52
 def centre_mask(
-    h:int=96, w:int=96 # of the maps
+    h:int=SIDE, w:int=SIDE # of the maps
 ) -> torch.Tensor: # (h, w) bool
-    "True in the middle third of rows and columns: PCam's centre 32×32 at 96×96."
+    "True in the release's centre box, scaled to h×w: the middle third of rows and columns, 32×32 at 96×96."
     m = torch.zeros(h, w, dtype=torch.bool)
-    m[h//3:h - h//3, w//3:w - w//3] = True
+    rows, columns = (slice(n*CENTRE.start//SIDE, n - n*(SIDE - CENTRE.stop)//SIDE) for n in (h, w))
+    m[rows, columns] = True
     return m
 
 # %% ../nbs/foundation/05_maps.ipynb #2db6e93b
+def _as_masks(masks, what='masks'):
+    "Masks as bool on the processor; whole numbers count if they are all 0 or 1."
+    t = torch.as_tensor(masks).detach().cpu()
+    if t.dtype == torch.bool: return t
+    if t.is_floating_point() or t.is_complex() or not ((t == 0) | (t == 1)).all():
+        raise ValueError(f'{what} hold {t.dtype} {t.unique()[:3].tolist()}: expected bool, or integers 0 and 1')
+    return t.bool()
+
 def mass_inside(
     maps, # (N, H, W)
-    masks # (H, W) or (N, H, W) bool
+    masks # (H, W) or (N, H, W), bool or integers 0 and 1
 ) -> torch.Tensor: # (N,) in [0, 1]
-    "Share of a map's positive part inside a mask (relevance mass accuracy, Arras et al. 2022); NaN where nothing is positive."
-    t = as_maps(maps).relu()
-    inside = (t*torch.as_tensor(masks)).flatten(1).sum(1)
-    return inside/t.flatten(1).sum(1)
+    "Share of a map's positive part inside a mask (Arras et al. 2022, relevance mass); NaN where nothing is positive."
+    t, m = as_maps(maps).relu(), _as_masks(masks)
+    if m.shape not in (t.shape, t.shape[1:]):
+        raise ValueError(f'masks have shape {tuple(m.shape)}: expected that of the maps, {tuple(t.shape)}, or of one')
+    return (t*m).flatten(1).sum(1)/t.flatten(1).sum(1)
 
 # %% ../nbs/foundation/05_maps.ipynb #3bdd1ec6
 def centre_mass(
     maps # (N, H, W)
-) -> torch.Tensor: # (N,) in [0, 1]; a flat map gives 1/9
+) -> torch.Tensor: # (N,) in [0, 1]; a flat map gives 1/9 where sides divide by 3
     "Share of a map's positive part in the centre box; higher = more of the map where the label looks."
-    return mass_inside(maps, centre_mask(*maps.shape[1:]))
+    t = as_maps(maps)
+    return mass_inside(t, centre_mask(*t.shape[1:]))
 
 # %% ../nbs/foundation/05_maps.ipynb #d8cb844d
 def random_maps(
@@ -77,7 +100,9 @@ def random_maps(
 def unit_ranks(
     maps # (N, H, W)
 ) -> torch.Tensor: # (N, H, W) float64
-    "Ranks of the pixels of each map, centred and scaled to length 1, so that a dot product is Spearman's correlation; ties share their mean rank; NaN for a constant map."
+    """Ranks of the pixels of each map, centred and scaled to length 1, so that a dot product is Spearman's correlation.
+
+    Ties share their mean rank; NaN for a constant map."""
     t = as_maps(maps)
     r = rankdata(t.flatten(1).numpy(), axis=1)
     r -= r.mean(1, keepdims=True)
@@ -87,34 +112,73 @@ def rank_correlation(
     a, b # maps (N, H, W)
 ) -> np.ndarray: # (N,) in [−1, 1]
     "Spearman correlation of the pixels of each pair of maps; NaN where a map is constant."
+    a, b = _pair_of_maps(a, b)
     return (unit_ranks(a)*unit_ranks(b)).flatten(1).sum(1).numpy()
 
 # %% ../nbs/foundation/05_maps.ipynb #2cbf5724
+def _check_share(q):
+    if not 0 < q <= 1: raise ValueError(f'q is {q}: expected a share of pixels in (0, 1]')
+
 def top_mask(
     maps, # (N, H, W)
     q:float=.25, # share of pixels to keep
-    seed:int=0 # of the key that breaks ties
+    seed:int=0 # of the draw among equal values
 ) -> torch.Tensor: # (N, H, W) bool, ⌈q·H·W⌉ True in each
-    "The top share q of each map by signed value."
-    if not 0 < q <= 1: raise ValueError(f'q is {q}: expected a share of pixels in (0, 1]')
-    t = as_maps(maps)
-    flat, k = t.flatten(1), math.ceil(q*t[0].numel() - 1e-9)
-    key = torch.rand(flat.shape, generator=torch.Generator().manual_seed(seed))
-    shuffled = key.argsort(1)
-    order = shuffled.gather(1, flat.gather(1, shuffled).argsort(dim=1, descending=True, stable=True))
-    return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order[:, :k], True).view_as(t)
+    """The top share q of each map by signed value; among values that tie for the last places a seeded draw decides.
+
+    The draw depends on `seed` and on the map's values alone, not on its place in the batch. Maps that differ, if only
+    by a factor, draw independently. Equal maps get equal masks whoever made them, constant ones too (IoU 1): leave
+    constant maps out (`is_blank`), or give each method its own seed."""
+    _check_share(q)
+    t = as_maps(maps) + 0.  # −0 becomes 0: equal maps, equal bytes
+    flat, k = t.flatten(1), math.ceil(q*t.shape[1:].numel() - 1e-9)
+    edge = flat.topk(k, 1).values[:, -1:]
+    mask = flat >= edge
+    for i in (mask.sum(1) > k).nonzero()[:, 0].tolist(): mask[i] = _draw_ties(flat[i], edge[i], k, seed)
+    return mask.view_as(t)
+
+# %% ../nbs/foundation/05_maps.ipynb #e55b5249
+def _draw_ties(row, edge, k, seed):
+    "True for the pixels above the edge, and for as many of those at it as make k."
+    mask, tied = row > edge, (row == edge).nonzero()[:, 0].numpy()
+    digest = hashlib.blake2b(row.numpy().tobytes(), key=str(seed).encode(), digest_size=16).digest()
+    drawn = np.random.default_rng(int.from_bytes(digest, 'big')).choice(tied, k - int(mask.sum()), replace=False)
+    mask[torch.from_numpy(drawn)] = True
+    return mask
 
 # %% ../nbs/foundation/05_maps.ipynb #a6301afb
 def iou(
-    a, b # masks (N, H, W) bool
+    a, b # masks (N, H, W), bool or integers 0 and 1
 ) -> torch.Tensor: # (N,) in [0, 1]
     "Intersection over union of each pair of masks (Jaccard index); NaN where both are empty."
-    a, b = torch.as_tensor(a).flatten(1), torch.as_tensor(b).flatten(1)
-    return (a & b).sum(1)/(a | b).sum(1)
+    a, b = _as_masks(a, 'masks a'), _as_masks(b, 'masks b')
+    if a.ndim != 3 or a.shape != b.shape:
+        raise ValueError(f'masks have shapes {tuple(a.shape)}, {tuple(b.shape)}: expected (N, H, W) twice; or m[None]')
+    return (a & b).flatten(1).sum(1)/(a | b).flatten(1).sum(1)
 
 def chance_iou(q):
     "Expected IoU of two independent masks that each keep the share q of pixels (large N): q/(2 − q)."
+    _check_share(q)
     return q/(2 - q)
+
+# %% ../nbs/foundation/05_maps.ipynb #a93b8d08
+def ssim(
+    a, b, # maps (N, H, W), in the same units
+    data_range:float=None, # largest minus smallest possible value; None: of each pair, both maps taken together
+    window:int=7 # side of the square windows, odd, at most H and W
+) -> np.ndarray: # (N,) in [−1, 1]
+    """Structural similarity of each pair of maps (Wang et al. 2004), by scikit-image; 1 for equal maps.
+
+    NaN where a map is constant. Two methods differ in units: scale their maps before, say by the largest |value|."""
+    a, b = _pair_of_maps(a, b)
+    side = min(a.shape[1:])
+    if window % 2 == 0 or not 3 <= window <= side:
+        raise ValueError(f'window is {window}: expected an odd number from 3 to {side}, the shorter side of the maps')
+    if data_range is not None and not data_range > 0: raise ValueError(f'data_range is {data_range}: expected > 0')
+    blank, a, b = is_blank(a) | is_blank(b), a.double().numpy(), b.double().numpy()
+    span = np.maximum(a.max((1, 2)), b.max((1, 2))) - np.minimum(a.min((1, 2)), b.min((1, 2)))
+    return np.array([np.nan if no else structural_similarity(p, q, win_size=window, data_range=data_range or s)
+                     for p, q, s, no in zip(a, b, span, blank)])
 
 # %% ../nbs/foundation/05_maps.ipynb #d938eb67
 def gini(
@@ -125,3 +189,11 @@ def gini(
     n = v.shape[1]
     rank = torch.arange(1, n + 1, dtype=v.dtype)
     return ((2*rank - n - 1)*v).sum(1)/(n*v.sum(1))
+
+# %% ../nbs/foundation/05_maps.ipynb #c7c31fb0
+def entropy(
+    maps # (N, H, W)
+) -> torch.Tensor: # (N,) float64 in nats, in [0, log(H·W)]
+    "Shannon entropy of |map| as shares of its sum (Bhatt et al. 2020); lower = sparser; NaN for an all-zero map."
+    v = as_maps(maps).flatten(1).abs().double()
+    return torch.special.entr(v/v.sum(1, keepdim=True)).sum(1)
