@@ -11,7 +11,7 @@ from pathlib import Path
 
 import requests
 
-from .core import assets_address, atomic, file_hash, give_up_assets, home as home_folder, make_once, progress
+from .core import assets_address, atomic, file_hash, home as home_folder, lose_assets, make_once, progress
 from .download import fetch
 from .release import CLASSES_FILE, SPLITS, raw_file
 from .storage import check_apart
@@ -89,7 +89,7 @@ def assets_or_synthetic(
     if not address: raise ValueError("source 'assets': expected PCAM_TP_ASSETS to name a web folder or one on disk")
     try: return fetch_assets(address, home)
     except (OSError, ValueError) as e: print(_FALLBACK.format(address=address, why=e))
-    give_up_assets(address)
+    lose_assets(address)
 
 _FALLBACK = ('⚠ PCAM_TP_ASSETS={address} cannot be used: {why}\n'
              '  Going on with SYNTHETIC patches: numbers and figures below are not about real tissue.')
