@@ -57,7 +57,7 @@ def data_folder(
     "The folder with the raw files of a source; synthetic ones and assets are made or fetched when missing."
     s = str(source or current_source())
     if s == 'assets': s = str(assets_or_synthetic(home=home) or 'synthetic')
-    if s == 'synthetic': return synthetic_folder(home=home)
+    if s == 'synthetic': return synthetic_folder(folder=home_folder('data', root=home))
     folder = home_folder('data', 'pcam', root=home) if s in _NEEDED else Path(s).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"source {s!r} (argument or PCAM_TP_SOURCE): neither 'synthetic', 'assets', 'pcam' or "

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
-from .core import fingerprint, home as home_folder, make_once, progress, sizes as budget_sizes
+from .core import fingerprint, home, make_once, progress, sizes as budget_sizes
 
 # %% ../nbs/foundation/07_synthetic.ipynb #90f7e797
 VERSION = 2  # of the generator: raised whenever the same seed gives other patches
@@ -410,11 +410,11 @@ def write_synthetic(
 def synthetic_folder(
     sizes:dict=None, # patches by split; those of the current budget if None
     seed:int=0,
-    home:Path=None # the current home if None
-) -> Path: # `data/synthetic-<fingerprint>`, with the release's files
+    folder:Path=None # holds the result; data/ of the home folder if None
+) -> Path: # `<folder>/synthetic-<fingerprint>`, with the release's files
     "The embedded data set, drawn on first use by one process while others wait."
     if sizes is None: sizes = {k: getattr(budget_sizes(), f'n_{k}') for k in N_SLIDES}
     sizes = _check_sizes(sizes)
     name = fingerprint(version=VERSION, sizes=sizes, seed=seed, slides=N_SLIDES)
-    path = home_folder('data', root=home)/f'synthetic-{name}'
+    path = Path(folder or home('data'))/f'synthetic-{name}'
     return make_once(path, lambda tmp: write_synthetic(tmp, sizes, seed), 'the synthetic patches')
