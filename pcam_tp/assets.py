@@ -11,8 +11,10 @@ from pathlib import Path
 
 import requests
 
-from .core import atomic, file_hash, home, make_once, progress
+from .core import assets_address, atomic, file_hash, home as home_folder, lose_assets, make_once, progress
 from .download import fetch
+from .release import CLASSES_FILE, SPLITS, raw_file
+from .storage import check_apart
 
 # %% ../nbs/foundation/09_assets.ipynb #71b12576
 ASSETS = 'pcam-tp-assets.zip'
@@ -20,13 +22,16 @@ ASSETS = 'pcam-tp-assets.zip'
 # %% ../nbs/foundation/09_assets.ipynb #81010d1c
 def pack_assets(
     raw:Path, # a folder with raw files of the release's names
-    models, # folders of saved models
-    out:Path # where the two files go
+    models:dict, # name in the zip → folder of a saved model
+    out:Path # where the two files go; not `raw`
 ) -> Path: # the zip; its sum lies beside it
     "Write `pcam-tp-assets.zip` (raw files and models) and `pcam-tp-assets.zip.sha256`."
-    files = {f'raw/{f.name}': f for f in sorted(Path(raw).glob('camelyonpatch_*'))}
-    if not files: raise FileNotFoundError(f'{raw} holds no raw files (camelyonpatch_level_2_split_…)')
-    for m in map(Path, models): files |= {f'models/{m.name}/{f.name}': f for f in sorted(m.iterdir())}
+    check_apart(raw, out)
+    parts = [raw_file(raw, s, p) for s in SPLITS for p in ('x', 'y', 'meta', 'mask')] + [Path(raw)/CLASSES_FILE]
+    files = {f'raw/{f.name}': f for f in parts if f.exists()}
+    if not files: raise FileNotFoundError(f"{raw} holds no raw files ({raw_file('', *'…x')})")
+    for name, folder in models.items():
+        files |= {f'models/{name}/{f.name}': f for f in sorted(Path(folder).iterdir())}
     Path(out).mkdir(parents=True, exist_ok=True)
     with atomic(Path(out)/ASSETS) as tmp, zipfile.ZipFile(tmp, 'w') as z:
         for name, f in progress(files.items(), 'packing'): z.write(f, name)
@@ -40,37 +45,51 @@ def _expected_sum(address):
     name = f'{ASSETS}.sha256'
     if '://' not in address: return (Path(address).expanduser()/name).read_text().split()[0]
     try: answer = requests.get(f'{address.rstrip("/")}/{name}', timeout=20)
-    except requests.RequestException as e: raise ConnectionError(f'{address} does not answer ({type(e).__name__})') from e
+    except requests.RequestException as e:
+        raise ConnectionError(f'{address} does not answer ({type(e).__name__})') from e
     words = answer.text.split()
-    if not answer.ok or len(words) != 2 or len(words[0]) != 64: raise FileNotFoundError(f'{address}/{name}: no checksum there (status {answer.status_code})')
+    if not answer.ok or len(words) != 2 or len(words[0]) != 64:
+        raise FileNotFoundError(f'{address}/{name}: no checksum there (status {answer.status_code})')
     return words[0]
 
 # %% ../nbs/foundation/09_assets.ipynb #9f03caea
 def fetch_assets(
-    address:str # a web folder or a folder on disk, with the two files
+    address:str, # a web folder or a folder on disk, with the two files
+    home:Path=None # gets them; the current home if None
 ) -> Path: # a folder with raw files
-    "Download (or copy), check and unpack the assets once; the networks go to `data/models`. Raises `ValueError` if the sum is wrong."
+    """Download (or copy), check and unpack the assets once; the networks go to `data/models`.
+    Raises `ValueError` if the sum is wrong."""
     expected = _expected_sum(address)
-    folder = home('data')/f'assets-{expected[:10]}'
-    return make_once(folder, lambda tmp: _unpack_assets(address, expected, tmp), 'the assets')
+    folder = home_folder('data', root=home)/f'assets-{expected[:10]}'
+    return make_once(folder, lambda tmp: _unpack_assets(address, expected, tmp, home), 'the assets')
 
 # %% ../nbs/foundation/09_assets.ipynb #3af8abc1
-def _unpack_assets(address, expected, folder):
-    zipped = home('data')/f'{expected[:10]}-{ASSETS}'
+def _unpack_assets(address, expected, folder, home):
+    zipped = home_folder('data', root=home)/f'{expected[:10]}-{ASSETS}'
     if '://' in address: fetch(f'{address.rstrip("/")}/{ASSETS}', zipped)
     else: shutil.copy(Path(address).expanduser()/ASSETS, zipped)
     try:
-        if (found := file_hash(zipped).hexdigest()) != expected: raise ValueError(f'{address}: the sum of {ASSETS} is {found[:10]}…, expected {expected[:10]}…: damaged, or of another edition')
+        if (found := file_hash(zipped).hexdigest()) != expected:
+            raise ValueError(f'{address}: the sum of {ASSETS} is {found[:10]}…, expected {expected[:10]}…: '
+                             'damaged, or of another edition')
         with zipfile.ZipFile(zipped) as z: z.extractall(folder)
     finally: zipped.unlink(missing_ok=True)
-    for m in (folder/'models').glob('*'): make_once(home('data', 'models')/m.name, lambda tmp: shutil.copytree(m, tmp))
+    models = home_folder('data', 'models', root=home)
+    for m in (folder/'models').glob('*'): make_once(models/m.name, lambda tmp: shutil.copytree(m, tmp))
     for f in (folder/'raw').iterdir(): os.replace(f, folder/f.name)
 
 # %% ../nbs/foundation/09_assets.ipynb #962a0308
-def assets_or_synthetic() -> Path:
-    "The folder of the assets, or None after a printed word; the process then uses synthetic patches."
-    address = os.environ['PCAM_TP_ASSETS']
-    try: return fetch_assets(address)
-    except (OSError, ValueError) as e:
-        print(f'⚠ PCAM_TP_ASSETS={address} cannot be used: {e}\n  Going on with SYNTHETIC patches: numbers and figures below are not about real tissue.')
-        os.environ['PCAM_TP_SOURCE'] = 'synthetic'
+def assets_or_synthetic(
+    address:str=None, # of the assets; `PCAM_TP_ASSETS` if None
+    home:Path=None # gets them; the current home if None
+) -> Path:
+    """The folder of the assets, or None after a printed word.
+    `source()` then says 'synthetic' for the rest of this process, and the word is not repeated."""
+    address = address or assets_address()
+    if not address: raise ValueError("source 'assets': expected PCAM_TP_ASSETS to name a web folder or one on disk")
+    try: return fetch_assets(address, home)
+    except (OSError, ValueError) as e: print(_FALLBACK.format(address=address, why=e))
+    lose_assets(address)
+
+_FALLBACK = ('⚠ PCAM_TP_ASSETS={address} cannot be used: {why}\n'
+             '  Going on with SYNTHETIC patches: numbers and figures below are not about real tissue.')

@@ -6,24 +6,27 @@
 __all__ = ['write_subset_folder', 'write_assets', 'main']
 
 # %% ../nbs/tools/01_cli.ipynb #5d9f909e
-import argparse, os
+import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .assets import pack_assets
-from .core import budget, file_hash, home, setup
-from .data import SPLITS, open_splits, write_split
+from .core import budget, file_hash, home, run_name, setup
+from .data import data_folder, open_splits, write_split
 from .download import ZENODO, download
 from .recipe import trained
+from .release import SPLITS
+from .storage import check_apart
 
 # %% ../nbs/tools/01_cli.ipynb #ba452e53
 def write_subset_folder(
-    out:Path, # gets raw files
+    out:Path, # gets raw files; not the source's own folder
     n:tuple, # patches of train, valid, test, at most
-    seed:int=0
+    seed:int=0,
+    source:str=None # as of `data_folder`
 ) -> Path:
-    "Cut the current source to `n` patches a split, classes in proportion, and write raw files."
-    for part in open_splits(n=n, seed=seed):
+    "Cut a source to `n` patches a split, classes in proportion, and write raw files."
+    for part in open_splits(n=n, seed=seed, source=source):
         print(part)
         write_split(part, out)
     return Path(out)
@@ -33,35 +36,43 @@ def write_assets(
     out:Path, # gets the zip and its sum
     n:tuple=(8000, 2000, 2000), # patches of train, valid, test
     models=('small_cnn', 'resnet18'), # trained with the current budget
-    seed:int=0 # of the subset
+    seed:int=0, # of the subset
+    source:str=None # as of `data_folder`
 ) -> Path: # the zip
-    "A subset of the current source and networks trained on it, in one file with its SHA-256."
+    "A subset of a source and networks trained on it, in one file with its SHA-256."
+    check_apart(data_folder(source), out)
+    run, packed = run_name('assets', budget()), {}
     with TemporaryDirectory(dir=home('data')) as tmp:
-        raw = write_subset_folder(Path(tmp)/'assets', n, seed)
-        before = {k: os.environ.get(k) for k in ('PCAM_TP_SOURCE', 'PCAM_TP_BUDGET')}
-        os.environ.update(PCAM_TP_SOURCE=str(raw), PCAM_TP_BUDGET=budget())
-        try: folders = [trained(m).card['folder'] for m in models]
-        finally:
-            for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
-        path = pack_assets(raw, folders, out)
-    print(f'{path.name}: {path.stat().st_size/1e6:,.0f} MB, sha256 {file_hash(path).hexdigest()}')
+        raw = write_subset_folder(Path(tmp)/'raw', n, seed, source)
+        train, valid, _ = open_splits(raw)
+        for name in models:
+            folder = Path(trained(name, train, valid).card['folder'])
+            packed[f"{name}-{run}-{folder.name.rsplit('-', 1)[1]}"] = folder
+        path = pack_assets(raw, packed, out)
+    print(f'{path.name}: {path.stat().st_size/1e6:,.0f} MB, budget {budget()}, sha256 {file_hash(path).hexdigest()}')
     return path
 
 # %% ../nbs/tools/01_cli.ipynb #94bbb5b2
+def _cut_options(c, n):
+    c.add_argument('out', type=Path, help='folder to write')
+    each = ('TRAIN', 'VALID', 'TEST')
+    c.add_argument('--n', type=int, nargs=3, default=n, metavar=each, help='patches of each split')
+    c.add_argument('--seed', type=int, default=0)
+
 def _parser():
-    parser = argparse.ArgumentParser('pcam-tp', description='Prepare data for the course. Every command can be stopped and started again.')
+    about = 'Prepare data for the course. Every command can be stopped and started again.'
+    parser = argparse.ArgumentParser('pcam-tp', description=about)
     commands = parser.add_subparsers(dest='command', required=True)
-    def command(name, help): return commands.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = lambda name, help: commands.add_parser(name, help=help, description=help, **defaults)
     c = command('download', 'fetch raw files of the release, check and unpack them')
     c.add_argument('--folder', type=Path, default=None, help='where to; data/pcam of the home folder if not given')
     c.add_argument('--splits', nargs='+', choices=SPLITS, default=['valid', 'test'])
     c.add_argument('--base', default=ZENODO, help='address of the record or of a mirror')
-    for name, help, n in (('subset', 'cut the current source (PCAM_TP_SOURCE) to fewer patches, as raw files', (40_000, 5_000, 5_000)),
-                          ('assets', 'cut a subset, train the networks of the course on it, pack both into one file', (8_000, 2_000, 2_000))):
-        c = command(name, help)
-        c.add_argument('out', type=Path, help='folder to write')
-        c.add_argument('--n', type=int, nargs=3, default=n, metavar=('TRAIN', 'VALID', 'TEST'), help='patches of each split')
-        c.add_argument('--seed', type=int, default=0)
+    c = command('subset', 'cut the current source (PCAM_TP_SOURCE) to fewer patches, as raw files')
+    _cut_options(c, (40_000, 5_000, 5_000))
+    c = command('assets', 'cut a subset, train the networks of the course on it, pack both into one file')
+    _cut_options(c, (8_000, 2_000, 2_000))
     c.add_argument('--models', nargs='+', default=['small_cnn', 'resnet18'])
     return parser
 

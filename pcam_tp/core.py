@@ -85,11 +85,12 @@ def _repository(folder):
 
 # %% ../nbs/foundation/00_core.ipynb #dd39d075
 def home(
-    *parts:str # folders below it, made when missing
+    *parts:str, # folders below it, made when missing
+    root:Path=None # used instead of the usual one
 ) -> Path:
     "The folder of `data/` and `figures/`: `PCAM_TP_HOME`, else the repository around us, else the working folder."
     here = Path.cwd()
-    path = Path(os.environ.get('PCAM_TP_HOME') or _repository(here) or here).joinpath(*parts)
+    path = Path(root or os.environ.get('PCAM_TP_HOME') or _repository(here) or here).joinpath(*parts)
     path.mkdir(parents=True, exist_ok=True)
     return path
 

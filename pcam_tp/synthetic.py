@@ -409,10 +409,12 @@ def write_synthetic(
 # %% ../nbs/foundation/07_synthetic.ipynb #1471b671
 def synthetic_folder(
     sizes:dict=None, # patches by split; those of the current budget if None
-    seed:int=0
-) -> Path: # `data/synthetic-<fingerprint>`, with the release's files
+    seed:int=0,
+    folder:Path=None # holds the result; data/ of the home folder if None
+) -> Path: # `<folder>/synthetic-<fingerprint>`, with the release's files
     "The embedded data set, drawn on first use by one process while others wait."
     if sizes is None: sizes = {k: getattr(budget_sizes(), f'n_{k}') for k in N_SLIDES}
     sizes = _check_sizes(sizes)
     name = fingerprint(version=VERSION, sizes=sizes, seed=seed, slides=N_SLIDES)
-    return make_once(home('data')/f'synthetic-{name}', lambda tmp: write_synthetic(tmp, sizes, seed), 'the synthetic patches')
+    path = Path(folder or home('data'))/f'synthetic-{name}'
+    return make_once(path, lambda tmp: write_synthetic(tmp, sizes, seed), 'the synthetic patches')

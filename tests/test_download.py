@@ -11,9 +11,10 @@ import pytest
 
 from conftest import ROOT
 from pcam_tp import download as dl
+from pcam_tp.release import LAYOUT, SPLITS, RawFile, raw_name, served_name
 
 os.environ['NO_PROXY'] = '127.0.0.1'
-N, SPLITS = 8, ('train', 'valid', 'test')
+N = 8
 BIG = np.random.default_rng(1).bytes(3_000_000)
 
 
@@ -161,13 +162,49 @@ def test_refused(server, tmp_path, naps, status, error):
 
 # ── the wrong content ───────────────────────────────────────────────────────────────────────────────────────────────
 def test_wrong_md5(server, tmp_path):
-    server.files['big'] = BIG[:-1] + b'?'
-    fails(ValueError, f'expected {MD5}.*removed', tmp_path, dl.fetch, f'{server.url}/big', tmp_path/'a', MD5)
+    server.files['big'] = wrong = BIG[:-1] + b'?'
+    fails(ValueError, f'expected {MD5}.*kept as a.unverified', tmp_path, dl.fetch, f'{server.url}/big', tmp_path/'a', MD5, left=['a.unverified'])
+    assert (tmp_path/'a.unverified').read_bytes() == wrong
+    server.files['big'] = BIG   # what the message says to do helps
+    assert dl.fetch(f'{server.url}/big', tmp_path/'a', MD5).read_bytes() == BIG
+
+
+@pytest.mark.parametrize('md5', [MD5.upper(), f'md5:{MD5}', f'MD5:{MD5.upper()}'])
+def test_a_sum_in_another_spelling(server, tmp_path, md5):
+    assert dl.fetch(f'{server.url}/big', tmp_path/'a', md5).read_bytes() == BIG
+    assert dl.fetch(f'{server.url}/big', tmp_path/'a', md5).read_bytes() == BIG and len(server.log) == 1
+
+
+def test_no_sum_at_all_is_said_before_the_transfer(server, tmp_path):
+    fails(ValueError, '32 hexadecimal digits', tmp_path, dl.fetch, f'{server.url}/big', tmp_path/'a', MD5[:-1])
+    assert not server.log
+
+
+def test_a_wrong_record_does_not_cost_the_transfer(server, tmp_path):
+    fails(ValueError, f'MD5 is {MD5}, expected {"0"*32}.*kept as a.unverified', tmp_path,
+          dl.fetch, f'{server.url}/big', tmp_path/'a', '0'*32, left=['a.unverified'])
+    assert (tmp_path/'a.unverified').read_bytes() == BIG
+
+
+def test_redirects_without_an_end(server, tmp_path, naps):
+    server.plan['big'] = [dict(status=302, headers={'Location': '/big'})]
+    fails(ConnectionError, 'from address to address', tmp_path, dl.fetch, f'{server.url}/big', tmp_path/'a', MD5)
+    assert naps == []
+
+
+def test_an_empty_file(server, tmp_path):
+    server.files['big'] = b''
+    fails(ValueError, 'big: the file is empty there', tmp_path, dl.fetch, f'{server.url}/big', tmp_path/'a')
+
+
+def test_an_empty_gz(tmp_path):
+    (tmp_path/'a.gz').touch()
+    fails(ValueError, 'a.gz is empty: delete it', tmp_path, dl.gunzip, tmp_path/'a.gz', tmp_path/'a', left=['a.gz'])
 
 
 def test_wrong_md5_names_the_twin(server, tmp_path, monkeypatch):
-    monkeypatch.setitem(dl.FILES, 'valid_y', dl.RawFile(MD5))
-    fails(ValueError, 'this is the sum of valid_y', tmp_path, dl.fetch, f'{server.url}/big', tmp_path/'a', '0'*32)
+    monkeypatch.setitem(dl.FILES, 'valid_y', RawFile(MD5))
+    fails(ValueError, 'this is the sum of valid_y', tmp_path, dl.fetch, f'{server.url}/big', tmp_path/'a', '0'*32, left=['a.unverified'])
 
 
 def test_a_file_of_the_user_is_not_replaced(server, tmp_path):
@@ -194,12 +231,12 @@ def test_a_gz_declared_as_encoding_arrives_as_published(server, tmp_path):
 
 @pytest.mark.parametrize('damage', [lambda b: b[:-9], lambda b: b[:20], lambda b: b[:-8] + b'\0'*8, lambda b: b'no gzip'], ids='cut stub crc other'.split())
 def test_truncated_gzip_with_its_right_md5(server, tmp_path, monkeypatch, damage):
-    y = f'{PRE}valid_y.h5.gz'
+    y = served_name('valid', 'y')
     server.files |= (files := release())
     server.files[y] = damage(files[y])
     monkeypatch.setattr(dl, 'FILES', table(server.files))
     with pytest.raises(ValueError, match=f'{y} is not a whole gzip file .*delete it and download it again'): dl.download(tmp_path, ['valid'], server.url)
-    assert visible(tmp_path) == [f'{PRE}valid_x.h5', y]
+    assert visible(tmp_path) == [raw_name('valid', 'x'), y]
 
 
 # ── half files ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -241,12 +278,19 @@ def test_a_whole_part_is_not_fetched_again(server, tmp_path):
     assert dl.fetch(f'{server.url}/big', tmp_path/'a', MD5).read_bytes() == BIG and len(server.log) == 1
 
 
+@pytest.mark.parametrize('note', ['null', '3', '{}', '["{url}"]', '["{url}", "v", "many"]', '["{url}", "v", null]', ''])
+def test_a_note_that_is_damaged_restarts(server, tmp_path, note):
+    (tmp_path/'a.part').write_bytes(b'?'*1000)
+    (tmp_path/'a.part.json').write_text(note.replace('{url}', f'{server.url}/big'))
+    assert dl.fetch(f'{server.url}/big', tmp_path/'a').read_bytes() == BIG and starts(server) == [0]
+
+
 # ── the disk ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_no_room_is_seen_before(server, tmp_path, monkeypatch):
     monkeypatch.setattr(dl.shutil, 'disk_usage', lambda p: namedtuple('U', 'free')(2_900_000))
     fails(OSError, 'needs 3.00MB, and .* has 2.90MB free', tmp_path, dl.fetch, f'{server.url}/big', tmp_path/'a', left=['a.part.json'])
     (tmp_path/'b.gz').write_bytes(gzip.compress(b'x'))
-    with pytest.raises(OSError, match='needs 5.00MB'): dl.unpack(tmp_path/'b.gz', tmp_path/'b', 5_000_000)
+    with pytest.raises(OSError, match='needs 5.00MB'): dl.gunzip(tmp_path/'b.gz', tmp_path/'b', 5_000_000)
     assert not (tmp_path/'b').exists()
 
 
@@ -255,7 +299,7 @@ def test_the_disk_fills_up(server, tmp_path, monkeypatch):
     (tmp_path/'b.gz').write_bytes(gzip.compress(BIG))
     monkeypatch.setattr(dl, 'open', lambda p, mode: open('/dev/full' if mode[0] in 'aw' else p, mode), raising=False)
     fails(OSError, 'disk is full', tmp_path, dl.fetch, f'{server.url}/big', tmp_path/'a', left=['a.part.json', 'b.gz'])
-    fails(OSError, 'disk is full', tmp_path, dl.unpack, tmp_path/'b.gz', tmp_path/'b', left=['a.part.json', 'b.gz'])
+    fails(OSError, 'disk is full', tmp_path, dl.gunzip, tmp_path/'b.gz', tmp_path/'b', left=['a.part.json', 'b.gz'])
 
 
 def test_a_limit_of_the_system_stops_the_writing(server, tmp_path):
@@ -313,22 +357,22 @@ def test_two_processes_one_download(server, tmp_path, capsys):
 
 
 # ── the release ─────────────────────────────────────────────────────────────────────────────────────────────────────
-PRE = 'camelyonpatch_level_2_split_'
 def release():
     "A tiny release as a server holds it: names, keys and layout of the real one."
     rng, files = np.random.default_rng(0), {}
     for split in SPLITS:
-        y = rng.permutation(np.arange(N) % 2).astype('uint8').reshape(N, 1, 1, 1)
-        arrays = dict(x=rng.integers(0, 256, (N, 96, 96, 3), 'uint8'), y=y) | (dict(mask=np.tile(y > 0, (1, 96, 96, 1))) if split == 'train' else {})
+        y = rng.permutation(np.arange(N) % 2).astype('uint8').reshape(N, *LAYOUT['y'][0])
+        arrays = dict(x=rng.integers(0, 256, (N, *LAYOUT['x'][0]), 'uint8'), y=y)
+        if split == 'train': arrays['mask'] = np.broadcast_to(y > 0, (N, *LAYOUT['mask'][0]))
         for part, a in arrays.items():
             with h5py.File(buffer := io.BytesIO(), 'w') as f: f[part] = a
-            files[f'{PRE}{split}_{part}.h5.gz'] = gzip.compress(buffer.getvalue())
+            files[served_name(split, part)] = gzip.compress(buffer.getvalue())
         meta = pd.DataFrame(dict(coord_y=0, coord_x=0, tumor_patch=True, center_tumor_patch=y.ravel() > 0, wsi='w'))
-        files[f'{PRE}{split}_meta.csv'] = meta.to_csv().encode()
+        files[served_name(split, 'meta')] = meta.to_csv().encode()
     return files
 
 
-def table(files): return {k: dl.RawFile(hashlib.md5(files[k]).hexdigest(), len(files[k]), 4_000 if k.endswith('.gz') else None) for k in dl.FILES}
+def table(files): return {k: RawFile(hashlib.md5(files[k]).hexdigest(), len(files[k]), 4_000 if k.endswith('.gz') else None) for k in dl.FILES}
 
 
 @pytest.fixture
@@ -350,24 +394,24 @@ def test_the_release(pcam, tmp_path, capsys):
 
 def test_only_some_splits_and_the_gz_kept(pcam, tmp_path):
     dl.download(tmp_path, 'test', pcam.url, keep_gz=True)
-    assert visible(tmp_path) == sorted([f'{PRE}test_{e}' for e in ('meta.csv', 'x.h5', 'x.h5.gz', 'y.h5', 'y.h5.gz')])
+    assert visible(tmp_path) == sorted({name('test', part) for name in (raw_name, served_name) for part in ('meta', 'x', 'y')})
 
 
 def test_tables_of_two_splits_mixed_up(pcam, tmp_path, monkeypatch):
-    test, valid = (f'{PRE}{s}_y.h5.gz' for s in ('test', 'valid'))
+    test, valid = (served_name(s, 'y') for s in ('test', 'valid'))
     good = pcam.files[test]
     pcam.files[test] = pcam.files[valid]
     with pytest.raises(ValueError, match=f'{test}: MD5.*this is the sum of {valid}'): dl.download(tmp_path, ['test'], pcam.url)
-    assert f'{PRE}test_y.h5' not in visible(tmp_path)
-    monkeypatch.setitem(dl.FILES, test, dl.RawFile())
+    assert raw_name('test', 'y') not in visible(tmp_path)
+    monkeypatch.setitem(dl.FILES, test, RawFile())
     with pytest.raises(ValueError, match='contradicts .*test_meta.csv .*the tables of two splits are mixed up'): dl.download(tmp_path, ['test'], pcam.url)
     pcam.files[test] = good
-    for e in ('y.h5', 'meta.csv'): (tmp_path/f'{PRE}test_{e}').unlink()
+    for part in ('y', 'meta'): (tmp_path/raw_name('test', part)).unlink()
     dl.download(tmp_path, ['test'], pcam.url)   # what the message says to do helps
 
 
 def test_a_gz_that_was_called_h5(pcam, tmp_path):
-    (tmp_path/f'{PRE}test_y.h5').write_bytes(pcam.files[f'{PRE}test_y.h5.gz'])
+    (tmp_path/raw_name('test', 'y')).write_bytes(pcam.files[served_name('test', 'y')])
     with pytest.raises(ValueError, match='test_y.h5 is no HDF5 file'): dl.download(tmp_path, ['test'], pcam.url)
 
 
