@@ -126,8 +126,9 @@ class Classifier(nn.Module):
         self.reshape = dict(layers) if isinstance(layers, dict) else {}
         self.head, self.card = None, {}   # the part that `freeze` leaves free; how it was built and trained
         self.layout, self.needs_tape, self.seen = torch.channels_last, False, False   # found out by use
-        self.register_buffer('mean', _colour('mean', mean, 0, 1), persistent=False)
-        self.register_buffer('std', _colour('std', std, 1e-6, 1), persistent=False)
+        like = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
+        self.register_buffer('mean', _colour('mean', mean, 0, 1).to(like), persistent=False)   # where the network is
+        self.register_buffer('std', _colour('std', std, 1e-6, 1).to(like), persistent=False)
         for m in net.modules():
             if hasattr(m, 'inplace') and not isinstance(m, torch.jit.ScriptModule): m.inplace = False
 
