@@ -124,7 +124,7 @@ def _side(box, shape, names=None):
     if 0 <= side <= min(shape): return side
     raise ValueError(f'box is {box}: expected a side from 0 to {min(shape)} pixels, True (PCam\'s) or False (none)')
 
-# %% ../nbs/foundation/06_plots.ipynb #a1c01a02
+# %% ../nbs/foundation/06_plots.ipynb #1facdab0
 def _halo(width): return [Stroke(linewidth=width + 2, foreground='white'), Normal()]
 def _box(ax, shape, side, label=None):
     "Outline the central `side`×`side` pixels of an image (H, W), or all of it if `side` is 0, in the label's colour."
@@ -357,7 +357,7 @@ class MapLook:
         if self.scale == 'map': return f"share of the map's {top}"
         return self.unit if self.quantile == 1 else f'{self.unit}, clipped'
 
-# %% ../nbs/foundation/06_plots.ipynb #5ba419b8
+# %% ../nbs/foundation/06_plots.ipynb #21ec3c43
 _BAR = 3.3  # inches that a colour bar with its label takes
 
 def _bar_kinds(scales, scale):
@@ -369,7 +369,7 @@ def _bar_strip(scales, scale, width):
     n = len(_bar_kinds(scales, scale))
     return 0 if scale == 'row' else min(n, 1) if scale == 'column' or width >= _BAR*n else n
 
-# %% ../nbs/foundation/06_plots.ipynb #c450084e
+# %% ../nbs/foundation/06_plots.ipynb #a48e3c17
 def _bars(fig, axs, scales, look, grey, y0):
     "All colour bars of a comparison; those at the bottom start `y0` inches above the lower edge."
     w, h = fig.get_size_inches()
@@ -390,7 +390,7 @@ def _bars(fig, axs, scales, look, grey, y0):
             middle, up = ((k + .5)/len(kinds)*w, 0) if rows == 1 else (w/2, .65*(rows - 1 - k))
             bar((middle - 1.35, low + up, 2.7, .12), v)
 
-# %% ../nbs/foundation/06_plots.ipynb #156a28e2
+# %% ../nbs/foundation/06_plots.ipynb #d8fb7051
 def _probabilities(prob, pred, n, names):
     "Predicted classes, and for each patch the class that is quoted with its probability."
     p = _numpy(prob)
@@ -409,7 +409,7 @@ def _probabilities(prob, pred, n, names):
     quoted = np.ones(n, int) if p.shape[1] == 2 else pred
     return pred, list(zip(quoted, p[np.arange(n), quoted]))
 
-# %% ../nbs/foundation/06_plots.ipynb #a57f8a09
+# %% ../nbs/foundation/06_plots.ipynb #c0b77d67
 def _patch_titles(y, pred, prob, n, names):
     "Label, prediction and probability of n patches, a line each, as far as they are known."
     pred = None if pred is None else _labels(pred, n, names, 'pred')
@@ -527,7 +527,7 @@ def mean_patches(
     if two: _draw_difference(axs[0, 2], means, ' − '.join(_name(names, k) for k in classes[::-1]), side)
     return fig
 
-# %% ../nbs/foundation/06_plots.ipynb #cc5af78f
+# %% ../nbs/foundation/06_plots.ipynb #d1051ff0
 def _draw_difference(ax, means, title, side):
     "Second mean minus first, in brightness, with its colour bar to the right."
     d, fig = (means[1] - means[0]).mean(-1), ax.figure
@@ -575,7 +575,7 @@ def plot_confusion(
     "Confusion matrix: counts and, up to ten classes, row percentages; rows are true classes, columns predictions."
     y = _labels(y, np.size(_numpy(y)), names)
     pred = _labels(pred, len(y), names, 'pred')
-    k = max(y.max(), pred.max()) + 1 if names is None else len(names)
+    k = int(max(y.max(), pred.max())) + 1 if names is None else len(names)
     c, cell = confusion_matrix(y, pred, labels=range(k)), min(1.3, max(8/k, .55))
     share = c/np.maximum(c.sum(1, keepdims=True), 1)
     text = [[f'{n:,}' + f'\n{s:.1%}'*(k <= 10) for n, s in zip(*r)] for r in zip(c, share)]
@@ -607,7 +607,7 @@ def _scores(y, p, names=None):
 
 def _line(k): return dict(color=sns.color_palette('colorblind')[k % 10], ls=['-', '--', '-.', ':'][k % 4])
 
-# %% ../nbs/foundation/06_plots.ipynb #cc8b85ad
+# %% ../nbs/foundation/06_plots.ipynb #40a433a2
 def _roc_curves(y, ps, names):
     "Per curve: its key (model, class, or both where there are several), its line, who is positive, the scores."
     if len(np.unique(y)) < 2: raise ValueError(f'y holds only class {y[0]}: a ROC curve needs both, found and not')
@@ -667,7 +667,7 @@ def plot_calibration(
     low.set(xlabel=f'predicted probability of {"the predicted class" if many else one}', ylabel='patches')
     return fig
 
-# %% ../nbs/foundation/06_plots.ipynb #7d7da11d
+# %% ../nbs/foundation/06_plots.ipynb #9fbf09f3
 def _draw_reliability(top, low, bins, line, model, fill):
     "The points of one model with Wilson intervals, and the size of its bins."
     n, hits, mean = (v[bins.n > 0] for v in bins[:3])
@@ -686,7 +686,7 @@ def _row_names(df):
     "The name of each row, with its n where the table has one."
     return [f'{name} (n = {n:,})' for name, n in zip(df['name'], df['n'])] if 'n' in df else list(map(str, df['name']))
 
-# %% ../nbs/foundation/06_plots.ipynb #adb8876d
+# %% ../nbs/foundation/06_plots.ipynb #cda1f471
 def _draw_null(ax, at, df):
     "Bands and means of a null distribution, where the table has them."
     ax.use_sticky_edges = False
@@ -752,7 +752,7 @@ def plot_sweep(
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
-# %% ../nbs/foundation/06_plots.ipynb #e26fc496
+# %% ../nbs/foundation/06_plots.ipynb #5cd7dc3d
 def _draw_curve(ax, at, df, line, name, shift, bars):
     "One curve of a sweep: its null band, its points and, if there are any, its interval bars."
     if {'null_low', 'null_high'} <= set(df):
