@@ -631,7 +631,7 @@ def plot_roc(
     y, ps = _scores(y, p, names)
     curves = _roc_curves(y, ps, names)
     if not isinstance(intervals, dict): intervals = {curves[0][0]: intervals}
-    fig = _figure((5, 5 + .25*len(curves)), layout='constrained')
+    fig = _figure((5, 5 + .29*len(curves)), layout='constrained')
     ax = fig.subplots()
     for key, line, hit, v in curves:
         auc = intervals.get(key) or f'{roc_auc_score(hit, v):.3f}'
