@@ -17,7 +17,7 @@ import pandas as pd
 from skimage.color import hed_from_rgb, rgb_from_hed
 
 from .core import fingerprint, home, make_once, progress
-from .release import CENTRE, LAYOUT, SIDE, SPLITS, raw_file
+from .release import CENTRE, LAYOUT, SIDE, raw_file
 from .synthetic import N_SLIDES, VERSION, check_sizes, smooth_noise, write_synthetic
 
 # %% ../nbs/foundation/08_shortcuts.ipynb #3758f606
