@@ -14,14 +14,17 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 import pandas as pd
+from skimage.color import hed_from_rgb, rgb_from_hed
 
-from .core import fingerprint, home, make_once, progress, sizes as budget_sizes
-from .synthetic import N_SLIDES, VERSION, write_synthetic, _CENTRE, _SIDE, _STEM, _check_sizes, _noise
+from .core import fingerprint, home, make_once, progress
+from .release import CENTRE, LAYOUT, SIDE, raw_file
+from .synthetic import N_SLIDES, VERSION, check_sizes, smooth_noise, write_synthetic
 
 # %% ../nbs/foundation/08_shortcuts.ipynb #3758f606
 def _chances(c, p, q):
-    "P(mark | normal) and P(mark | tumour) for correlation c, prevalence p and share q of tumour; c = 0 wherever p or q is 0 or 1."
-    return np.array([p, p]) if c == 0 else p + c*np.sqrt(p*(1 - p))*np.array([-np.sqrt(q/(1 - q)), np.sqrt((1 - q)/q)])
+    "P(mark | normal) and P(mark | tumour) for correlation c, prevalence p, share q of tumour; c = 0 if one is 0 or 1."
+    if c == 0: return np.array([p, p])
+    return p + c*np.sqrt(p*(1 - p))*np.array([-np.sqrt(q/(1 - q)), np.sqrt((1 - q)/q)])
 
 def _range(p, q):
     "The lowest and the highest correlation that keep both chances in [0, 1]; (0, 0) where marks or labels do not vary."
@@ -54,16 +57,19 @@ def mark_presence(
     prevalence:float=.5 # share of patches with the mark
 ) -> np.ndarray: # (N,) bool
     """Which patches have the mark. With correlation c, prevalence p and share q of tumour (measured in y):
-    P(mark | tumour) = p + c·√(p(1−p)(1−q)/q) and P(mark | normal) = p − c·√(p(1−p)q/(1−q)), which makes the phi coefficient c.
-    Both counts are rounded to whole patches. `ValueError` if they would need more than one patch more than there are."""
+    P(mark | tumour) = p + c·√(p(1−p)(1−q)/q) and P(mark | normal) = p − c·√(p(1−p)q/(1−q)): the phi coefficient is c.
+    Both counts are rounded to whole patches. `ValueError` if they need more than one patch more than there are."""
     y = _labels(y, kind, correlation, seed, prevalence)
     low, high = _range(prevalence, q := y.mean())
-    if correlation and low == high: raise ValueError(f'correlation is {correlation}: with prevalence {prevalence} and {q:.1%} tumour only 0 is possible')
+    found = f'correlation is {correlation}: with prevalence {prevalence} and {q:.1%} tumour'
+    if correlation and low == high: raise ValueError(f'{found} only 0 is possible')
     n, rng, present = np.bincount(y, minlength=2), _rng(seed, kind, 'presence'), np.zeros(len(y), bool)
     wanted = _chances(correlation, prevalence, q)*n
     if (wanted < -1).any() or (wanted > n + 1).any():
-        raise ValueError(f'correlation is {correlation}: with prevalence {prevalence} and {q:.1%} tumour it lies between {low:.3f} and {high:.3f}')
-    for k in (0, 1): present[rng.permutation(np.flatnonzero(y == k))[:int(np.rint(wanted[k]).clip(0))]] = True
+        raise ValueError(f'{found} it lies between {low:.3f} and {high:.3f}')
+    for k in (0, 1):
+        chosen = rng.permutation(np.flatnonzero(y == k))[:int(np.rint(wanted[k]).clip(0))]
+        present[chosen] = True
     return present
 
 # %% ../nbs/foundation/08_shortcuts.ipynb #792f13a1
@@ -82,17 +88,20 @@ def _looks(kind, n, seed):
 
 # %% ../nbs/foundation/08_shortcuts.ipynb #30378dc4
 def _level(depth, tilt, wave):
-    "How far inside the mark each pixel lies, (n, 96, 96) in px, > 0 inside; the mark comes from the top and stays out of the centre box. `wave` (n, 96) in px."
-    edge = depth[:, None] + tilt[:, None]*(np.arange(_SIDE, dtype='float32') - 47.5) + wave
-    edge = edge - np.maximum(0, edge[:, _CENTRE].max(1, keepdims=True) - (_CENTRE.start - 1))
-    return edge[:, None] - (np.arange(_SIDE, dtype='float32') + .5)[:, None]
+    """How far inside the mark each pixel lies, (n, H, W) in px, > 0 inside; the mark comes from the top and stays
+    out of the centre box. `wave` (n, W) in px."""
+    at = np.arange(SIDE, dtype='float32')
+    edge = depth[:, None] + tilt[:, None]*(at - (SIDE - 1)/2) + wave
+    edge = edge - np.maximum(0, edge[:, CENTRE].max(1, keepdims=True) - (CENTRE.start - 1))
+    return edge[:, None] - (at + .5)[:, None]
 
 # %% ../nbs/foundation/08_shortcuts.ipynb #307c8a6a
 @lru_cache(1)
 def _textures():
-    "16 tiles each: streaks along x and clouds, (16, 96, 96), and wavy lines (16, 96); mean 0, sd about 1."
+    "16 tiles each: streaks along x and clouds, (16, H, W), and wavy lines (16, W); mean 0, sd about 1."
     rng = np.random.default_rng(1906)
-    streaks, clouds, lines = [_noise(rng, 16, s, stretch, side=128)[:, :_SIDE, :_SIDE] for s, stretch in ((1.2, 14), (6, 1), (5, 1))]
+    tiles = [smooth_noise(rng, 16, s, stretch, side=128) for s, stretch in ((1.2, 14), (6, 1), (5, 1))]
+    streaks, clouds, lines = [t[:, :SIDE, :SIDE] for t in tiles]
     return streaks, clouds, lines[:, 0]
 
 def _ink(level, streaks, clouds):
@@ -107,7 +116,7 @@ def _border(level, streaks, clouds):
 _MARKS = dict(ink=(_ink, _INKS, 1.6), border=(_border, _GREY, .3))  # profile, absorbances, height of the waves in px
 
 def _density(kind, look):
-    "Optical density of the marks, (n, 96, 96): at least 0.05 inside the outline and exactly 0 outside."
+    "Optical density of the marks, (n, H, W): at least 0.05 inside the outline and exactly 0 outside."
     profile, _, height = _MARKS[kind]
     streaks, clouds, lines = [t[look['tile']] for t in _textures()]
     level = _level(look['depth'], look['tilt'], height*lines)
@@ -122,19 +131,17 @@ def _absorb(x, kind, look):
     return (x*np.exp(-_density(kind, look)[..., None]*colour)).astype('uint8')
 
 # %% ../nbs/foundation/08_shortcuts.ipynb #e94555f5
-_DYES = np.array([[.65, .70, .29], [.07, .99, .11], [.27, .57, .78]])  # haematoxylin, eosin, residual (Ruifrok & Johnston 2001)
-
 def _restain(x, look):
     "Patches with the densities of haematoxylin and eosin scaled by the factors in `look`: a new array, uint8."
     factors = np.stack([look['haematoxylin'], look['eosin'], np.ones(len(x))], 1)
-    mix = np.einsum('ij,nj,jk->nik', np.linalg.inv(_DYES), factors, _DYES).astype('float32')
+    mix = np.einsum('ij,nj,jk->nik', hed_from_rgb, factors, rgb_from_hed).astype('float32')
     od = -np.log(np.maximum(np.arange(256), 1)/255).astype('float32')[x]
     bright = np.exp(-(od.reshape(len(x), -1, 3)@mix)).reshape(x.shape)
     return np.rint(255*bright).clip(0, 255).astype('uint8')
 
 # %% ../nbs/foundation/08_shortcuts.ipynb #1fde786c
 def _apply(x, kind, present, look, block=256):
-    "Patches with the marks where `present`, and the mask of changed pixels (None for a shift of the stain); a new array, `block` patches at a time."
+    "New patches, marked where `present`, and the mask of changed pixels (None for a stain shift), made in blocks."
     out = x.copy()
     for i in range(0, len(marked := np.flatnonzero(present)), block):
         at = marked[i:i + block]
@@ -144,21 +151,25 @@ def _apply(x, kind, present, look, block=256):
 
 # %% ../nbs/foundation/08_shortcuts.ipynb #f0ecd91f
 class Planted(NamedTuple):
-    "`x` (N, 96, 96, 3) uint8, `present` (N,) bool, `mask` (N, 96, 96) bool true where a pixel was changed, or None when the shortcut has no place."
-    x: np.ndarray; present: np.ndarray; mask: np.ndarray
+    "Patches with a shortcut, and where it is."
+    x: np.ndarray # (N, H, W, 3) uint8
+    present: np.ndarray # (N,) bool
+    mask: np.ndarray # (N, H, W) bool, true where a pixel was changed; None when the shortcut has no place
 
 def plant(
-    x:np.ndarray, # patches (N, 96, 96, 3) uint8
+    x:np.ndarray, # patches (N, H, W, 3) uint8, of the release's size
     y:np.ndarray, # their labels (N,), 0 or 1; the labels stay true
     kind:str, # 'ink' (a pen's stroke), 'border' (the cover glass ends) or 'stain_shift' (bluer all over)
     correlation:float, # phi coefficient of mark and label, in [−1, 1]; see `mark_presence` for the exact counts
     seed:int=0, # which patches, and what each mark looks like
     prevalence:float=.5 # share of patches with the mark
 ) -> Planted: # new patches, presence, mask
-    """Patches with a shortcut; ink and border never touch the centre 32×32. The same arguments give the same bytes; other correlations,
-    the same marks on other patches. `ValueError` for a correlation that is impossible at this prevalence."""
+    """Patches with a shortcut; ink and border never touch the centre box. The same arguments give the same bytes; other
+    correlations, the same marks on other patches. `ValueError` for one that is impossible at this prevalence."""
     x = np.asarray(x)
-    if x.dtype != np.uint8 or x.shape[1:] != (_SIDE, _SIDE, 3): raise ValueError(f'x is {x.dtype} {x.shape}: expected uint8 (N, {_SIDE}, {_SIDE}, 3)')
+    shape, dtype = LAYOUT['x']
+    if x.dtype != dtype or x.shape[1:] != shape:
+        raise ValueError(f'x is {x.dtype} {x.shape}: expected {dtype} (N, {SIDE}, {SIDE}, 3); resize and convert it')
     if len(x) != np.size(y): raise ValueError(f'y holds {np.size(y)} labels for {len(x)} patches')
     present = mark_presence(y, kind, correlation, seed, prevalence)
     out, mask = _apply(x, kind, present, _looks(kind, len(x), seed))
@@ -169,48 +180,52 @@ _VERSION = 1  # of the marks: raised whenever the same seed gives other bytes
 
 def _write_shortcut(folder, split, kind, correlation, seed, prevalence, block=1_024):
     "Plant into the files of one split that `write_synthetic` has just written."
-    stem, seed = f'{folder}/{_STEM}{split}', zlib.crc32(f'{split}|{seed}'.encode())
-    meta = pd.read_csv(f'{stem}_meta.csv', index_col=0)
+    seed, table = zlib.crc32(f'{split}|{seed}'.encode()), raw_file(folder, split, 'meta')
+    meta = pd.read_csv(table, index_col=0)
     y, n = meta.center_tumor_patch.to_numpy().astype(int), len(meta)
     meta['shortcut'] = present = mark_presence(y, kind, correlation, seed, prevalence)
-    meta.to_csv(f'{stem}_meta.csv')
-    masks, look = np.empty((n, _SIDE, _SIDE, 1), bool), _looks(kind, n, seed)
-    with h5py.File(f'{stem}_x.h5', 'r+') as f:
+    meta.to_csv(table)
+    masks, look = np.empty((n, *LAYOUT['mask'][0]), bool), _looks(kind, n, seed)
+    with h5py.File(raw_file(folder, split, 'x'), 'r+') as f:
         for i in progress(range(0, n, block), f'{kind} in {split}'):
             s = slice(i, i + block)
             f['x'][s], mask = _apply(f['x'][s], kind, present[s], {k: v[s] for k, v in look.items()})
             if mask is not None: masks[s] = mask[..., None]
     if kind in _MARKS:
-        with h5py.File(f'{stem}_shortcut.h5', 'w') as f: f['mask'] = masks
+        with h5py.File(raw_file(folder, split, 'shortcut'), 'w') as f: f['mask'] = masks
 
 # %% ../nbs/foundation/08_shortcuts.ipynb #8f41d3ef
 def shortcut_folder(
     kind:str, # one of `KINDS`
     correlation:float, # phi coefficient of mark and label in train and valid
     test_correlation:float=0., # the same in test: 0 is honest, `correlation` flatters, `-correlation` exposes
-    sizes:dict=None, # patches by split; those of the current budget if None; `dict(test=500)` makes the test patches alone
+    sizes:dict=None, # patches by split; those of the current budget if None; `dict(test=500)`: test patches alone
     seed:int=0,
-    prevalence:float=.5 # share of patches with the mark
-) -> Path: # `data/shortcut-<kind>-<fingerprint>`, with the release's files and `…_shortcut.h5`
-    "The embedded patches with a planted shortcut, drawn on first use by one process. Split, seed and size fixed, test folders differ only in who is marked."
-    if sizes is None: sizes = {k: getattr(budget_sizes(), f'n_{k}') for k in N_SLIDES}
-    sizes = _check_sizes(sizes)
+    prevalence:float=.5, # share of patches with the mark
+    folder:Path=None # holds the result; data/ of the home folder if None
+) -> Path: # `<folder>/shortcut-<kind>-<fingerprint>`, with the release's files and `…_shortcut.h5`
+    """The embedded patches with a planted shortcut, drawn on first use by one process.
+    Split, seed and size fixed, test folders differ only in who is marked."""
+    sizes = check_sizes(sizes)
     by_split = {k: float(test_correlation if k == 'test' else correlation) for k in sizes}
-    for c in by_split.values(): mark_presence(np.arange(2_000) % 2, kind, c, seed, prevalence)  # complain before drawing
-    name = fingerprint(versions=(VERSION, _VERSION), kind=kind, correlation=by_split, prevalence=float(prevalence), sizes=sizes, seed=seed, slides=N_SLIDES)
+    half = np.arange(2_000) % 2
+    for c in by_split.values(): mark_presence(half, kind, c, seed, prevalence)  # complain before drawing
+    name = fingerprint(versions=(VERSION, _VERSION), kind=kind, correlation=by_split, prevalence=float(prevalence),
+                       sizes=sizes, seed=seed, slides=N_SLIDES)
     def make(tmp):
         write_synthetic(tmp, sizes, seed)
         for split, c in by_split.items(): _write_shortcut(tmp, split, kind, c, seed, prevalence)
-    return make_once(home('data')/f'shortcut-{kind}-{name}', make, f'patches with planted {kind}')
+    return make_once(Path(folder or home('data'))/f'shortcut-{kind}-{name}', make, f'patches with planted {kind}')
 
 # %% ../nbs/foundation/08_shortcuts.ipynb #cf0a61e6
 def read_shortcut(
     split # a `data.Split` of a folder of `shortcut_folder`; a subset will do
-) -> tuple: # present (N,) bool, and mask (N, 96, 96) bool or None when the shortcut has no place
+) -> tuple: # present (N,) bool, and mask (N, H, W) bool or None when the shortcut has no place
     "Where the planted marks are, for the patches in use. `ValueError` for a folder without."
     if split.meta is None or 'shortcut' not in split.meta:
         raise ValueError(f'{split.folder}: the table has no column shortcut: was it made by shortcut_folder?')
-    present, path = split.meta.shortcut.to_numpy().astype(bool)[split.rows], Path(split.folder)/f'{_STEM}{split.name}_shortcut.h5'
+    present = split.meta.shortcut.to_numpy().astype(bool)[split.rows]
+    path = raw_file(split.folder, split.name, 'shortcut')
     if not path.exists(): return present, None
     with h5py.File(path) as f: mask = np.memmap(path, bool, 'r', f['mask'].id.get_offset(), f['mask'].shape)
     return present, mask[split.rows][..., 0]

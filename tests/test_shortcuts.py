@@ -33,9 +33,9 @@ def test_block_size_does_not_change_a_byte(tmp_path, kind):
 
 def test_a_writer_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     def fails(*args): raise KeyboardInterrupt
-    monkeypatch.setenv('PCAM_TP_HOME', str(tmp_path))
+    few = dict(sizes=dict(train=16), folder=tmp_path)
     with monkeypatch.context() as m:
         m.setattr(shortcuts, '_apply', fails)
-        with pytest.raises(KeyboardInterrupt): shortcuts.shortcut_folder('ink', .5, sizes=dict(train=16))
-    assert not [f for f in (tmp_path/'data').iterdir() if f.is_dir()]
-    assert shortcuts.shortcut_folder('ink', .5, sizes=dict(train=16)).is_dir()
+        with pytest.raises(KeyboardInterrupt): shortcuts.shortcut_folder('ink', .5, **few)
+    assert not [f for f in tmp_path.iterdir() if f.is_dir()]
+    assert shortcuts.shortcut_folder('ink', .5, **few).parent == tmp_path
