@@ -106,6 +106,30 @@ def test_source_and_budget(monkeypatch, tmp_path):
     assert core.run_name(budget='quick') == f'{tmp_path.name}-quick'
 
 
+IDLE = '''
+import os
+import torch
+from pcam_tp.core import idle_ms, sleep_when_idle
+torch.set_num_threads(2)
+before = idle_ms()
+for _ in range(2): sleep_when_idle()   # the second call does nothing
+print(before, idle_ms(), len(os.listdir('/proc/self/task')))
+'''
+
+
+TWO = len(getattr(os, 'sched_getaffinity', lambda _: [0])(0)) > 1
+
+
+@pytest.mark.skipif(not core._openmp() or not TWO, reason='needs GNU OpenMP and two processors')
+def test_idle_threads_sleep():
+    "Waiting threads burn processor time until they are told not to; whoever has set a variable is left alone."
+    env = {k: v for k, v in os.environ.items() if k not in ('OMP_NUM_THREADS', 'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
+    before, after, threads = map(float, python(IDLE, env=env).stdout.split())
+    assert before > 2*after, (before, after)   # 3 ms and .04 ms on a quiet machine
+    _, _, fewer = map(float, python(IDLE, env=env | dict(GOMP_SPINCOUNT='300000')).stdout.split())
+    assert threads - fewer == os.cpu_count() + 1, (threads, fewer)
+
+
 def test_no_name_hides_another():
     assert not set(core.__all__) & (set(dir(builtins)) | set(sys.stdlib_module_names))
 
