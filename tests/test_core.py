@@ -209,7 +209,8 @@ def device_that_takes(monkeypatch):
     (lambda n: .01*n, 80, 32),                  # slow: it stops after few
     (lambda n: max(.002, n*1e-5), 8, 128),      # 8 GiB free: 128 images
     (lambda n: max(.002, n*1e-5), 1, 16),       # less than the smallest that is tried
-    (lambda n: max(.002, n*1e-5), .01, 1)], ids=['fills', 'slowly', 'never', 'linear', 'slow', 'memory', 'little', 'none'])
+    (lambda n: max(.002, n*1e-5), .01, 1),
+], ids=['fills', 'slowly', 'never', 'linear', 'slow', 'memory', 'little', 'none'])
 def test_batch_size_of_a_card(device_that_takes, seconds, free, expected):
     calls = device_that_takes(seconds, free)
     assert core.best_batch_size('cuda') == expected
