@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BUDGETS', 'progress', 'assets_address', 'lose_assets', 'source', 'budget', 'sizes', 'home', 'run_name', 'processes',
            'wait_for_all', 'atomic', 'lock', 'make_once', 'fingerprint', 'picture', 'save_figure', 'save_table',
-           'file_hash', 'best_device', 'page_faults', 'keep_memory', 'fastest_precision', 'best_batch_size', 'Setup',
-           'set_seed', 'setup']
+           'file_hash', 'best_device', 'page_faults', 'keep_memory', 'idle_ms', 'sleep_when_idle', 'fastest_precision',
+           'best_batch_size', 'Setup', 'set_seed', 'setup']
 
 # %% ../nbs/foundation/00_core.ipynb #15ad27af
 import contextlib, ctypes, hashlib, io, json, os, platform, random, shutil, time, uuid
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
+from threading import Event, Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -256,6 +257,42 @@ def _buffers_are_kept():
     touch = lambda: torch.ones(2**22, dtype=torch.float32)   # 16 MB
     return min(page_faults(touch) for _ in range(6)) < 400  # of the 4,096 pages that a fresh buffer costs
 
+# %% ../nbs/foundation/00_core.ipynb #092db66a
+def idle_ms() -> float:
+    "Milliseconds of processor time that waiting threads burn after parallel work: the worst of five pauses of 30 ms."
+    x, burnt = torch.ones(2**20, dtype=torch.float32), []
+    for _ in range(5):
+        x.add_(1)
+        start = time.process_time()
+        time.sleep(.03)
+        burnt.append(1e3*(time.process_time() - start))
+    return max(burnt)
+
+# %% ../nbs/foundation/00_core.ipynb #f65a90f4
+def _openmp():
+    "The GNU OpenMP libraries that this process has loaded; none elsewhere than on Linux."
+    maps = Path('/proc/self/maps')
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    return sorted({path for l in lines if 'libgomp' in (path := l.split(maxsplit=5)[-1])})
+
+# %% ../nbs/foundation/00_core.ipynb #e4959790
+_parked = set()   # libraries that have a team which sleeps
+
+def _park(library, threads):
+    "Start a team of `threads` that do nothing, and keep it."
+    def sleep():
+        nothing = ctypes.cast(library.omp_get_num_threads, ctypes.c_void_p)
+        library.GOMP_parallel(nothing, None, threads, 0)
+        Event().wait()
+    Thread(target=sleep, daemon=True, name='pcam_tp parks OpenMP threads').start()
+
+def sleep_when_idle():
+    "Let OpenMP's waiting threads sleep after microseconds instead of spinning (GNU OpenMP; elsewhere nothing happens)."
+    if {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & set(os.environ): return
+    for path in set(_openmp()) - _parked:
+        _parked.add(path)
+        _park(ctypes.CDLL(path), os.cpu_count() + 1)
+
 # %% ../nbs/foundation/00_core.ipynb #8cc5562b
 def _seconds(f, device, repeats=7, limit=float('inf')):
     "Seconds of a call of `f` and all that it starts: the minimum of `repeats`, or of those that fit in `limit`."
@@ -269,14 +306,24 @@ def _seconds(f, device, repeats=7, limit=float('inf')):
         times.append(time.perf_counter() - start)
     return min(times)
 
+# %% ../nbs/foundation/00_core.ipynb #eb753926
+@contextlib.contextmanager
+def _one_thread():
+    "One processor thread inside the block."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
 # %% ../nbs/foundation/00_core.ipynb #0ce73431
 def _conv_ms(device, dtype):
     "Milliseconds of one 3×3 convolution under autocast."
     like = dict(device=device, dtype=torch.float32)
-    x = torch.randn(16, 64, 48, 48, **like).to(memory_format=torch.channels_last)
+    n = 1 if device.type == 'cpu' else 16
+    x = torch.randn(n, 64, 48, 48, **like).to(memory_format=torch.channels_last)
     conv = torch.nn.Conv2d(64, 64, 3, padding=1, **like).to(memory_format=torch.channels_last)
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return 1e3*_seconds(lambda: conv(x), device)
+    with _one_thread(), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return 1e3*_seconds(lambda: conv(x), device, repeats=15)
 
 # %% ../nbs/foundation/00_core.ipynb #df5baf0f
 _DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -300,7 +347,7 @@ def _small_convolutions(device):
 
 # %% ../nbs/foundation/00_core.ipynb #ddd0d1b0
 def _fastest_batch(device, most, limit=.5):
-    "The smallest batch of 32, 64 … 1,024 images (96×96) within 7 % of the best throughput, found in `limit` seconds."
+    "The smallest batch of 32 … 1,024 images (96×96) within 7 % of the best throughput, found in `limit` seconds."
     net, rates = _small_convolutions(device), {}
     def seconds(n, repeats, limit):
         x = torch.rand(n, 3, 96, 96, device=device, dtype=torch.float32).to(memory_format=torch.channels_last)
@@ -375,6 +422,7 @@ def setup(
     torch.set_num_threads(threads or int(os.environ.get('OMP_NUM_THREADS', '').split(',')[0] or cores))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     set_seed(seed)
+    sleep_when_idle()
     kept = keep_memory()
     precision = precision or fastest_precision(device)
     cfg = Setup(device, precision, best_batch_size(device), torch.get_num_threads(), kept, seed)

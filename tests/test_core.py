@@ -106,6 +106,30 @@ def test_source_and_budget(monkeypatch, tmp_path):
     assert core.run_name(budget='quick') == f'{tmp_path.name}-quick'
 
 
+IDLE = '''
+import os
+import torch
+from pcam_tp.core import idle_ms, sleep_when_idle
+torch.set_num_threads(2)
+before = idle_ms()
+for _ in range(2): sleep_when_idle()   # the second call does nothing
+print(before, idle_ms(), len(os.listdir('/proc/self/task')))
+'''
+
+
+TWO = len(getattr(os, 'sched_getaffinity', lambda _: [0])(0)) > 1
+
+
+@pytest.mark.skipif(not core._openmp() or not TWO, reason='needs GNU OpenMP and two processors')
+def test_idle_threads_sleep():
+    "Waiting threads burn processor time until they are told not to; whoever has set a variable is left alone."
+    env = {k: v for k, v in os.environ.items() if k not in ('OMP_NUM_THREADS', 'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
+    before, after, threads = map(float, python(IDLE, env=env).stdout.split())
+    assert before > 2*after, (before, after)   # 3 ms and .04 ms on a quiet machine
+    _, _, fewer = map(float, python(IDLE, env=env | dict(GOMP_SPINCOUNT='300000')).stdout.split())
+    assert threads - fewer == os.cpu_count() + 1, (threads, fewer)
+
+
 def test_no_name_hides_another():
     assert not set(core.__all__) & (set(dir(builtins)) | set(sys.stdlib_module_names))
 
@@ -152,7 +176,7 @@ print(cfg.precision, cfg.keeps_memory)
         line, result = python('import sys' + code, default).stdout.splitlines()
         assert torch.__version__ in line and '32 images a pass' in line, line
         found.append(result)
-    assert found[0].split()[0] in ('no', 'bf16') and found[0].split()[1] == found[1].split()[1], found
+    assert found[0] == found[1] and found[0].split()[0] in ('no', 'bf16'), found
 
 
 
@@ -179,12 +203,14 @@ def device_that_takes(monkeypatch):
 
 @pytest.mark.parametrize('seconds, free, expected', [
     (lambda n: max(.002, n*1e-5), 80, 256),     # full from 200 images on: the smallest that fills it
+    (lambda n: .0003 + n*1e-5, 80, 512),        # fills slowly: near enough
     (lambda n: .002 + n*1e-5, 80, 1_024),       # never full: the largest that is tried
     (lambda n: .001*n, 80, 32),                 # each image costs the same
     (lambda n: .01*n, 80, 32),                  # slow: it stops after few
     (lambda n: max(.002, n*1e-5), 8, 128),      # 8 GiB free: 128 images
     (lambda n: max(.002, n*1e-5), 1, 16),       # less than the smallest that is tried
-    (lambda n: max(.002, n*1e-5), .01, 1)], ids=['fills', 'never', 'linear', 'slow', 'memory', 'little', 'none'])
+    (lambda n: max(.002, n*1e-5), .01, 1),
+], ids=['fills', 'slowly', 'never', 'linear', 'slow', 'memory', 'little', 'none'])
 def test_batch_size_of_a_card(device_that_takes, seconds, free, expected):
     calls = device_that_takes(seconds, free)
     assert core.best_batch_size('cuda') == expected
