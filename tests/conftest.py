@@ -47,7 +47,7 @@ def pytest_configure(config):
 def _live_on(device):
     "Tensors made in a test file, and every `Classifier`, move to `device`; what the library makes is its own business."
     import torch
-    from pcam_tp.models import Classifier
+    from pcam_tp.classifier import Classifier
     def moving(make):
         def made(*args, **kwargs):
             out = make(*args, **kwargs)

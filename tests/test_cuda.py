@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), 'fake_cuda'))
 from conftest import NOTEBOOKS, TESTS, python, run
 from fake_cuda import why_not
+from test_layout import MODULES, imports
 from test_notebooks import check
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f'no simulated CUDA device: {why_not()}')
@@ -16,9 +17,10 @@ ON = {**os.environ, 'FAKE_CUDA': '1', 'FAKE_CUDA_JITTER': '1',
 
 
 def asks(file):
-    "Does a test file ask networks, in its own process?"
+    "Does a test file ask networks in its own process: does it import the classifier, or a module that does?"
     tops = ast.parse(file.read_text(encoding='utf-8')).body
-    return any(isinstance(n, ast.ImportFrom) and n.module == 'pcam_tp.models' for n in tops)
+    used = {(n.module or '').removeprefix('pcam_tp.') for n in tops if isinstance(n, ast.ImportFrom)} & {*MODULES}
+    return any(m == 'classifier' or 'classifier' in imports(m) for m in used)
 
 ASKING = [p.name for p in sorted(TESTS.glob('test_*.py')) if asks(p)]
 
