@@ -1,6 +1,7 @@
 """Every notebook and the explainers' tests on a simulated CUDA device: what a GPU refuses is refused on every machine.
 
-Alone: `make cuda`. The device is tests/fake_cuda; where it cannot be, these tests are skipped and say why."""
+Alone: `make cuda`. The device is tests/fake_cuda; where it cannot be, these tests are skipped and say why.
+Where there is a GPU, the explainers' tests run on it by `pytest --device cuda tests/test_saliency.py …`."""
 import ast, os, sys
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import NOTEBOOKS, TESTS, python, run
 from fake_cuda import why_not
 from test_layout import MODULES, imports
 from test_notebooks import check
+from test_run import notebook
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f'no simulated CUDA device: {why_not()}')
 ON = {**os.environ, 'FAKE_CUDA': '1', 'FAKE_CUDA_JITTER': '1',
@@ -30,7 +32,23 @@ def pytest_on_device(file, *args, env=ON):
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
-def test_notebook(name): check(name, ON)
+def test_notebook(name): check(NOTEBOOKS[name], ON, f'make cuda ARGS="-k {name}"')
+
+
+FAULTS = dict(
+    numpy=('import numpy as np', 'assert np.allclose(x, x)', "TypeError: can't convert cuda:0 device type tensor to numpy"),
+    mixed=('y = torch.ones(4, 1)', 'x + y', 'RuntimeError: Expected all tensors to be on the same device'),
+    sums=('w = torch.ones(3, 5, device=x.device)/3', 'assert torch.equal((x @ w)[:2], x[:2] @ w)', 'AssertionError'))
+
+@pytest.mark.parametrize('kind', FAULTS)
+def test_faults_are_found(kind, tmp_path):
+    "What runs on the processor and not on a GPU fails here, and the failure names notebook, cell and error."
+    first, second, error = FAULTS[kind]
+    make = "import torch\nx = torch.rand(4, 3, device='cuda' if torch.cuda.is_available() else 'cpu')"
+    notebook(tmp_path, '00_fault', make, first, second)
+    check(tmp_path/'00_fault.ipynb')
+    with pytest.raises(pytest.fail.Exception) as e: check(tmp_path/'00_fault.ipynb', ON)
+    assert f'00_fault.ipynb, cell 4: {error}' in str(e.value).splitlines()[0]
 
 
 @pytest.mark.parametrize('file', ASKING)

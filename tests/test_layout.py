@@ -63,7 +63,8 @@ def test_imports_go_backwards(name):
 
 @each_module
 def test_lines_are_short(name):
-    long = {i: len(l) for i, l in enumerate(SOURCES[name].read_text(encoding='utf-8').splitlines(), 1) if len(l) > WIDEST}
+    lines = SOURCES[name].read_text(encoding='utf-8').splitlines()
+    long = {i: len(l) for i, l in enumerate(lines, 1) if len(l) > WIDEST and not l.startswith('__all__')}   # nbdev's own
     assert not long, f'lines of {name}.py with more than {WIDEST} characters: {long}'
 
 
