@@ -19,7 +19,7 @@ through cuDNN, sparse, quantized and nested tensors; the numbers that CUDA draws
 processor's here too, but are not CUDA's own). `type(t) is torch.Tensor` is False. No `torch.compile`, CUDA graphs,
 Triton, NCCL, second device.
 """
-import copy, ctypes, functools, math, os, re, sys, time, types, warnings, weakref, zlib
+import atexit, copy, ctypes, functools, math, os, re, sys, time, types, warnings, weakref, zlib
 
 import torch
 from torch import Tensor
@@ -543,7 +543,8 @@ def _patch_engine():
 
     PyTorch has a guard that does nothing for this case (fake tensors use it), but the engine still asks CUDA's hooks
     whether the device has a context. The answer 'no' is put into a copy of the hooks' table of virtual functions: two
-    for the destructor, isBuilt, isAvailable, hasPrimaryContext, … (ATen/detail/AcceleratorHooksInterface.h)."""
+    for the destructor, isBuilt, isAvailable, hasPrimaryContext, … (ATen/detail/AcceleratorHooksInterface.h). It must not
+    be a function of Python's: autograd's threads ask when the interpreter is gone already."""
     torch._C._ensureCUDADeviceGuardSet()
     lib = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), 'lib', 'libtorch_cpu.so'))
     get = lib['_ZN2at6detail12getCUDAHooksEv']
@@ -552,10 +553,10 @@ def _patch_engine():
     before, slots, slot = 2, 64, 4   # two words before the table: type information
     table = (ctypes.c_void_p*(before + slots))
     new = table(*table.from_address(pointer.value - 8*before))
-    no = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int8)(lambda self, index: False)
+    no = ctypes.CDLL(None).pthread_mutexattr_destroy   # of the C library: does nothing and returns 0
     new[before + slot] = ctypes.cast(no, ctypes.c_void_p).value
     pointer.value = ctypes.addressof(new) + 8*before
-    _patch_engine.keep = new, no
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(new))   # autograd's threads outlive Python
 
 
 def _not_pinned(function):
@@ -618,4 +619,5 @@ def install():
     import torch.optim.optimizer as optimizer
     optimizer._foreach_supported_types.append(CudaTensor)
     os.register_at_fork(after_in_child=_after_fork)
+    atexit.register(time.sleep, .1)   # autograd's thread may still let go of a graph, for which it needs the interpreter
     torch.cuda.is_fake = True
