@@ -6,11 +6,14 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 LAB    := $(VENV)/.lab
+# two tests at a time, in the order of tests/conftest.py; ARGS="-n 0" runs them in one process
+PYTEST := $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help run test bench lab refresh clean
+.PHONY: help run test cuda bench lab refresh clean
 help:
-	@echo 'make run      run every notebook in order, each in a fresh kernel (ARGS="03 07" for some)'
+	@echo 'make run      the course, then the other notebooks, each in a fresh kernel (ARGS="03 07" for some)'
 	@echo 'make test     all tests; the last line is "N passed, N failed" (ARGS="-k 03" for some)'
+	@echo 'make cuda     of these the notebooks and explainers on a simulated CUDA device'
 	@echo 'make bench    timings beside the peers'
 	@echo 'make lab      JupyterLab on nbs/'
 	@echo 'make refresh  export the library, run the notebooks and write their outputs back, clean'
@@ -20,7 +23,10 @@ run: $(READY)
 	@$(PY) scripts/run.py $(ARGS)
 
 test: $(READY)
-	@$(PY) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+cuda: $(READY)
+	@$(PYTEST) tests/test_cuda.py $(ARGS)
 
 bench: $(READY)
 	@$(PY) benchmarks/bench.py $(ARGS)

@@ -8,6 +8,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='], interpolation=None)
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
+course = cfg['course_requirements'].split()   # what the notebooks import beside the library
 
 setup(
     name=cfg['lib_name'],
@@ -25,5 +26,5 @@ setup(
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     entry_points=dict(console_scripts=[cfg['console_scripts']]),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require=dict(course=course, dev=course + cfg['dev_requirements'].split()),
 )

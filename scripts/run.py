@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Run the notebooks in the order of their file names, each in a fresh Jupyter kernel of this very interpreter.
+"""Run the notebooks, each in a fresh Jupyter kernel of this very interpreter: the course, then foundation, then tools.
 
     python scripts/run.py                  all of nbs/, two side by side, each with half of the processor's threads
-    python scripts/run.py 03 07 '9*'       some: number, name or glob
+    python scripts/run.py 03 07 core       some: number, name, glob or path; the course's own come first
+    python scripts/run.py foundation/03 'tools/*'
     python scripts/run.py --jobs 1         one at a time
     python scripts/run.py --out DIR        keep the executed copies
     python scripts/run.py --refresh        write the outputs back into nbs/ (embedded data only; needs nbdev)
 
-PCAM_TP_SOURCE, PCAM_TP_BUDGET and PCAM_TP_HOME reach the notebooks. Cells that begin with `#| notest`, `#| slow`, `#| gpu`,
-`#| colab` (tst_flags of settings.ini) or `#| eval: false` are skipped, as nbdev_test skips them; `--flags slow` runs those too.
+PCAM_TP_SOURCE, PCAM_TP_BUDGET and PCAM_TP_HOME reach the notebooks. Cells that begin with `#| notest`, `#| slow`,
+`#| gpu`, `#| colab` (tst_flags of settings.ini) or `#| eval: false` are skipped, as nbdev_test skips them;
+`--flags slow` runs those too.
 Exit status: 0 all ran, 1 a notebook failed, 2 wrong use, 130 interrupted.
 """
 import argparse, asyncio, json, os, re, shutil, signal, subprocess, sys, time
@@ -25,11 +27,14 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = 'synthetic-quick'   # core.run_name() of the embedded data: the run whose outputs are committed
-README_FIGURES = ['03_gradcam_methods.png']            # figures/<run>/NAME that --refresh copies to figures/, where README.md shows them
-KERNEL_ARGS = ['--HistoryManager.hist_file=:memory:', '--IPKernelApp.log_level=50']   # 40 would show what a kernel says that is ended while it answers
+FOLDERS = '', 'foundation', 'tools'   # of nbs/, in the order of running; others follow
+README_FIGURES = ['03_gradcam_methods.png']   # --refresh copies them from figures/<run>/ to figures/
+# log level 40 would show what a kernel says that is ended while it answers
+KERNEL_ARGS = ['--HistoryManager.hist_file=:memory:', '--IPKernelApp.log_level=50']
 SOURCE = os.environ.get('PCAM_TP_SOURCE') or os.environ.get('PCAM_TP_ASSETS') or 'synthetic'
 BUDGET = os.environ.get('PCAM_TP_BUDGET') or ('quick' if SOURCE == 'synthetic' else 'full')   # as pcam_tp.core has it
-ALONE = {'01_models', '02_training'} | ({'08_all_methods', '16_many_runs'} if BUDGET == 'full' else set())   # work for minutes: all threads, and nothing beside them
+# These work for minutes: all threads, and nothing beside them.
+ALONE = {'01_models', '02_training'} | ({'08_all_methods', '16_many_runs'} if BUDGET == 'full' else set())
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 TTY = sys.stdout.isatty()
 
@@ -64,7 +69,8 @@ def skipped(cell, flags):
 
 def code_cells(nb, flags):
     "Index and cell of the code cells that a run executes."
-    return [(i, c) for i, c in enumerate(nb.cells) if c.cell_type == 'code' and c.source.strip() and not skipped(c, flags)]
+    runs = lambda c: c.cell_type == 'code' and c.source.strip() and not skipped(c, flags)
+    return [(i, c) for i, c in enumerate(nb.cells) if runs(c)]
 
 
 class Job:
@@ -78,7 +84,9 @@ class Board:
     def __init__(self): self.jobs, self.stopped = [], False
 
     def tick(self):
-        if TTY: print('\r\033[K' + ' '.join(map(str, self.jobs))[:shutil.get_terminal_size().columns - 1], end='', flush=True)
+        if not TTY: return
+        line = ' '.join(map(str, self.jobs))[:shutil.get_terminal_size().columns - 1]
+        print(f'\r\033[K{line}', end='', flush=True)
 
     def end(self, job, word):
         self.jobs.remove(job)
@@ -134,12 +142,13 @@ def explain(name, e):
     source = getattr(e, 'source', '').strip().splitlines()
     source = source[:8] + ['…']*(len(source) > 8)
     where = getattr(e, 'where', 'the kernel did not start')
-    return '\n'.join([f'\n{name}, {where}:', *('    ' + l for l in source), 'fails with', *('    ' + l for l in text[-14:]), ''])
+    indented = lambda lines: ['    ' + l for l in lines]
+    return '\n'.join([f'\n{name}, {where}:', *indented(source), 'fails with', *indented(text[-14:]), ''])
 
 
 # ── what is written back ────────────────────────────────────────────────────────────────────────────────────────────
 def stable(outputs, old):
-    "`outputs` without what changes from run to run: stderr, progress bars, widgets, counts; timings alone are no change."
+    "`outputs` without what changes from run to run: stderr, bars, widgets, counts; timings alone are no change."
     res = []
     for o in outputs:
         if o.get('name') == 'stderr' or 'application/vnd.jupyter.widget-view+json' in o.get('data', {}): continue
@@ -154,7 +163,8 @@ def stable(outputs, old):
 
 def masked(outputs):
     "`outputs` as text, with durations and addresses blanked."
-    return re.sub(r'\b\d[\d.,]*(?= ?(?:µs|ms|s|min|h)\b)|(?<= at )0x[0-9a-f]+', '#', json.dumps(outputs, sort_keys=True, ensure_ascii=False))
+    text = json.dumps(outputs, sort_keys=True, ensure_ascii=False)
+    return re.sub(r'\b\d[\d.,]*(?= ?(?:µs|ms|s|min|h)\b)|(?<= at )0x[0-9a-f]+', '#', text)
 
 
 def write_back(path, before, nb, cells):
@@ -162,13 +172,16 @@ def write_back(path, before, nb, cells):
     if path.read_bytes() != before: return 'ok, NOT written back: the file changed meanwhile'
     new = nbformat.reads(before.decode(), as_version=4)
     for i, cell in cells: new.cells[i].outputs = stable(cell.outputs, new.cells[i].outputs)
-    for c in new.cells: c.pop('execution_count', None); c.update({'execution_count': None} if c.cell_type == 'code' else {})
+    for c in new.cells:
+        c.pop('execution_count', None)
+        if c.cell_type == 'code': c.execution_count = None
     tmp = path.with_suffix('.tmp')
     try:
         tmp.write_text(nbformat.writes(new).rstrip('\n') + '\n', encoding='utf-8')
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
-    subprocess.run([sys.executable, '-c', 'import sys; from nbdev.clean import nbdev_clean; nbdev_clean(sys.argv[1])', str(path)], cwd=ROOT, check=True)
+    clean = 'import sys; from nbdev.clean import nbdev_clean; nbdev_clean(sys.argv[1])'
+    subprocess.run([sys.executable, '-c', clean, str(path)], cwd=ROOT, check=True)
     return 'ok' if path.read_bytes() == before else 'ok, refreshed'
 
 
@@ -180,7 +193,7 @@ def copy_figures(home):
         (ROOT/'figures').mkdir(exist_ok=True)
         shutil.copyfile(run/name, ROOT/'figures'/f'{name}.tmp')
         os.replace(ROOT/'figures'/f'{name}.tmp', ROOT/'figures'/name)
-    if README_FIGURES: print(f'figures/: {len(README_FIGURES) - len(missing)} of {len(README_FIGURES)} figures for README.md')
+    print(f'figures/: {len(README_FIGURES) - len(missing)} of {len(README_FIGURES)} figures for README.md')
     if missing: print(f'not found in {shown(run)}: {", ".join(missing)}')
     return missing
 
@@ -206,18 +219,38 @@ def made(home, start):
 
 
 # ── command line ────────────────────────────────────────────────────────────────────────────────────────────────────
-def chosen(folder, names):
-    "The notebooks of `folder` that `names` (numbers, names, globs or paths) mean, in order."
-    every = sorted(p for p in folder.glob('*.ipynb') if not p.name.startswith(('_', '.')))
+def notebooks(folder=ROOT/'nbs'):
+    "{name: path} of the notebooks below `folder` in the order of running: '03_gradcam', 'foundation/03_download' …"
+    paths = {p.relative_to(folder).with_suffix('').as_posix(): p for p in folder.rglob('*.ipynb')}
+    hidden = lambda name: any(part.startswith(('_', '.')) for part in name.split('/'))
+    order = lambda name: (FOLDERS.index(f) if (f := folder_of(name)) in FOLDERS else len(FOLDERS), name)
+    return {name: paths[name] for name in sorted(paths, key=order) if not hidden(name)}
+
+
+def folder_of(name): return name.rpartition('/')[0]
+
+
+def meant(word, names):
+    "Which of `names` a number, name or glob means; without a folder, those of the first folder that has any."
+    folder, _, word = word.removesuffix('.ipynb').rpartition('/')
+    hits = [n for n in names if fnmatch(stem := n.rpartition('/')[2], word) or word in stem.partition('_')[::2]]
+    return [n for n in hits if fnmatch(folder_of(n), folder or folder_of(hits[0]))]
+
+
+def chosen(folder, words):
+    "{name: path} of the notebooks of `folder` that `words` mean, in order; all without words."
+    every = notebooks(folder)
     if not every: sys.exit(f'no notebooks in {folder}')
-    hits = {n: [p for p in every if fnmatch(p.stem, Path(n).stem) or p.stem.split('_')[0] == n] for n in names}
-    lost = [n for n, h in hits.items() if not h]
-    if lost: raise ValueError(f'no notebook called {", ".join(lost)}; there are {", ".join(p.stem for p in every)}')
-    return [p for p in every if not names or any(p in h for h in hits.values())]
+    paths = {p: n for n, p in every.items()}
+    hits = {w: [n] if (n := paths.get(Path(w).resolve())) else meant(w, every) for w in words}
+    lost = [w for w, h in hits.items() if not h]
+    if lost: raise ValueError(f'no notebook called {", ".join(lost)}; there are {", ".join(every)}')
+    return {n: p for n, p in every.items() if not words or any(n in h for h in hits.values())}
 
 
-async def run_one(a, path, flags, board, head, threads):
-    "Run the notebook at `path` and say how it ended; the error that stopped it, if any."
+async def run_one(a, name, flags, board, head, threads):
+    "Run the notebook called `name` and say how it ended; the error that stopped it, if any."
+    path = a.notebooks[name]
     before = path.read_bytes()
     nb = nbformat.reads(before.decode(), as_version=4)
     cells = code_cells(nb, flags)
@@ -226,40 +259,41 @@ async def run_one(a, path, flags, board, head, threads):
     board.jobs.append(job)
     try: await execute(nb, cells, path.parent, job, a.timeout, threads)
     except asyncio.CancelledError: error = Interrupted()
-    except Exception as e: error = Interrupted() if board.stopped else e   # nbclient turns a cancellation into "Kernel died"
+    except Exception as e: error = Interrupted() if board.stopped else e   # nbclient calls a cancellation "Kernel died"
     if a.out:
-        a.out.mkdir(parents=True, exist_ok=True)
-        nbformat.write(nb, a.out/path.name)
+        copy = a.out/f'{name}.ipynb'
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, copy)
     if error is None:
         word = write_back(path, before, nb, cells) if a.refresh else 'ok'
         board.end(job, word + (f' ({rest} cell{"s"*(rest > 1)} skipped)' if rest else ''))
     elif isinstance(error, Interrupted): board.end(job, f'interrupted in code cell {job.k} of {job.total}')
     else:
         board.end(job, 'FAILED')
-        print(explain(path.name, error), flush=True)
+        print(explain(f'{name}.ipynb', error), flush=True)
     return error
 
 
 async def run_all(a, flags):
-    "Run every notebook of `a.notebooks`, up to `a.jobs` at once; the names of those that failed, and how many were tried."
+    "Run all of `a.notebooks`, up to `a.jobs` at once; the names of those that failed, and how many were tried."
     loop, board, failed, n = asyncio.get_running_loop(), Board(), [], len(a.notebooks)
-    waiting, running = deque(enumerate(a.notebooks, 1)), {}   # running: {task: path}
+    waiting, running = deque(enumerate(a.notebooks, 1)), {}   # running: {task: name}
     def stop():
         board.stopped = True
         for task in running: task.cancel()
     for s in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(s, stop)
     def may_start():
         if board.stopped or not waiting or (failed and not a.keep_going): return False
-        return not running or len(running) < a.jobs and not ALONE & {p.stem for p in (waiting[0][1], *running.values())}
+        return not running or len(running) < a.jobs and not ALONE & {waiting[0][1], *running.values()}
     ticker = asyncio.ensure_future(board.ticking())
     while may_start() or running:
         while may_start():
-            k, path = waiting.popleft()
-            threads = CORES if path.stem in ALONE else max(1, CORES//a.jobs)
-            running[asyncio.ensure_future(run_one(a, path, flags, board, f'[{k:2}/{n}] {path.stem}', threads))] = path
+            k, name = waiting.popleft()
+            threads = CORES if name in ALONE else max(1, CORES//a.jobs)
+            running[asyncio.ensure_future(run_one(a, name, flags, board, f'[{k:2}/{n}] {name}', threads))] = name
         for task in (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]:
-            path, error = running.pop(task), task.result()
-            if error is not None: failed.append(path.stem)
+            name, error = running.pop(task), task.result()
+            if error is not None: failed.append(name)
     ticker.cancel()
     if board.stopped: raise Interrupted
     return failed, n - len(waiting)
@@ -267,14 +301,15 @@ async def run_all(a, flags):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('names', nargs='*', metavar='NOTEBOOK', help='number, name or glob; all of them without')
+    p.add_argument('names', nargs='*', metavar='NOTEBOOK', help='number, name, glob or path; all of them without')
     p.add_argument('--keep-going', action='store_true', help='go on after a notebook that failed')
-    p.add_argument('--refresh', action='store_true', help='write the outputs back, cleaned, and copy the figures of README.md')
-    p.add_argument('--jobs', type=int, metavar='N', help='notebooks at once (default: 2 where there are two cores; 1 with --refresh)')
+    p.add_argument('--refresh', action='store_true', help='write the outputs back, cleaned, and copy figures')
+    p.add_argument('--jobs', type=int, metavar='N',
+                   help='notebooks at once (default: 2 where there are two cores; 1 with --refresh)')
     p.add_argument('--out', type=Path, metavar='DIR', help='folder for the executed copies')
     p.add_argument('--timeout', type=float, metavar='S', help='seconds that one cell may take (default: no limit)')
     p.add_argument('--flags', default='', help='skipped kinds of cells to run all the same, such as "slow gpu"')
-    p.add_argument('--nbs', type=Path, default=ROOT/'nbs', metavar='DIR', help='folder of the notebooks (default: nbs/)')
+    p.add_argument('--nbs', type=Path, default=ROOT/'nbs', metavar='DIR', help='where they are (default: nbs/)')
     a = p.parse_args()
     try: a.notebooks = chosen(a.nbs.resolve(), a.names)
     except ValueError as e: p.error(str(e))
@@ -285,7 +320,8 @@ def main():
         import importlib.util
         if importlib.util.find_spec('nbdev') is None: p.error('--refresh needs nbdev: pip install -e .[dev]')
         for k, v in {'PCAM_TP_SOURCE': 'synthetic', 'PCAM_TP_BUDGET': 'quick'}.items():
-            if os.environ.setdefault(k, v) != v: p.error(f'{k}={os.environ[k]}: committed outputs come from the embedded data; unset it')
+            if os.environ.setdefault(k, v) != v:
+                p.error(f'{k}={os.environ[k]}: committed outputs come from the embedded data; unset it')
     home = Path(os.environ.get('PCAM_TP_HOME') or (ROOT if a.nbs.resolve().is_relative_to(ROOT) else a.nbs))
     start, clock, failed, ran, code = time.time(), time.monotonic(), [], 0, 0
     signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell ignores it for background jobs
@@ -300,7 +336,8 @@ def main():
     if a.refresh and not failed and copy_figures(home) and not a.names: code = 1
     left = len(a.notebooks) - ran
     print(f'{ran - len(failed)} of {len(a.notebooks)} notebooks ran in {duration(time.monotonic() - clock)}'
-          + (f'; failed: {", ".join(failed)}' if failed else '') + (f'; {left} not tried (--keep-going tries them)' if left else ''))
+          + (f'; failed: {", ".join(failed)}' if failed else '')
+          + (f'; {left} not tried (--keep-going tries them)' if left else ''))
     return code
 
 

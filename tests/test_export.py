@@ -8,7 +8,9 @@ from IPython.core.inputtransformer2 import TransformerManager
 from conftest import NOTEBOOKS, ROOT, run
 
 MACHINE_PATH = re.compile(r'(?<![\w.:/~-])/(?:work|root|tmp|home|Users|content)/[\w.-]+')
-each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
+COLAB = re.compile(r'https://colab\.research\.google\.com/github/pcam-tp/pcam_tp/blob/main/([^)\s"]+)')
+each_notebook = pytest.mark.parametrize('path', NOTEBOOKS.values(), ids=NOTEBOOKS)
+pytestmark = pytest.mark.xdist_group('export')   # one worker makes the copy
 
 
 def cells(path, kind='code'):
@@ -37,7 +39,8 @@ def copy(tmp_path_factory):
     "A copy of the sources, in which nbdev may write."
     folder = tmp_path_factory.mktemp('copy')
     for name in ('settings.ini', 'setup.py', 'README.md'): shutil.copy(ROOT/name, folder)
-    for name in ('nbs', 'pcam_tp'): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns('__pycache__', '.*'))
+    ignore = shutil.ignore_patterns('__pycache__', '.*')
+    for name in ('nbs', 'pcam_tp'): shutil.copytree(ROOT/name, folder/name, ignore=ignore)
     return folder
 
 
@@ -72,7 +75,8 @@ def test_imports(path):
         for name in imports(source):
             top = name.split('.')[0]
             assert top != 'nbdev', f'cell {i} imports nbdev, which Colab cannot hold'
-            assert top != 'fastcore' or name == 'fastcore.test', f'cell {i} imports {name}: of fastcore only fastcore.test is the same everywhere'
+            same = 'fastcore.test', 'fastcore.basics'
+            assert top != 'fastcore' or name in same, f'cell {i} imports {name}: allowed are {" and ".join(same)}'
 
 
 @each_notebook
@@ -89,3 +93,25 @@ def test_outputs(path):
         for text in texts(outputs):
             found = MACHINE_PATH.search(text)
             assert not found, f'the output of cell {i} names a folder of one machine: {found[0]}'
+
+
+@each_notebook
+def test_colab(path):
+    "The badge opens this very notebook, other links one that is there; every bootstrap installs the same."
+    text = '\n'.join(source for _, source, _ in cells(path, 'markdown'))
+    own, links = path.relative_to(ROOT).as_posix(), COLAB.findall(text)
+    badge = re.search(r'\[!\[[^]]*\]\([^)]*colab-badge[^)]*\)\]\(([^)]*)\)', text)
+    assert badge or path.parent != ROOT/'nbs', 'a notebook of the course has a badge'
+    assert not badge or COLAB.findall(badge[1]) == [own], f'the badge opens {badge[1]}, not {own}'
+    for link in links: assert (ROOT/link).exists(), f'a link opens {link}, which is not there'
+    installs = [l.strip() for _, source, _ in cells(path) for l in source.splitlines() if '%pip' in l]
+    assert installs == ['%pip install -q "pcam_tp[course] @ git+https://github.com/pcam-tp/pcam_tp"']
+
+
+def test_readme_lists_every_notebook():
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    for name in NOTEBOOKS:
+        assert f'](nbs/{name}.ipynb)' in text, f'README.md has no link to {name}'
+        if '/' not in name: assert f'nbs/{name}.ipynb' in COLAB.findall(text), f'README.md has no Colab link to {name}'
+    for link in {*re.findall(r'\]\((nbs/[^)]+)\)', text), *COLAB.findall(text)}:
+        assert (ROOT/link).exists(), f'README.md links to {link}, which is not there'

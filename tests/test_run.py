@@ -7,18 +7,20 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from conftest import ROOT, run
 from pcam_tp.core import budget
+from run import chosen
 
 SCRIPT = ROOT/'scripts'/'run.py'
 
 
 def notebook(folder, name, *sources):
-    folder.mkdir(exist_ok=True)
+    (folder/name).parent.mkdir(parents=True, exist_ok=True)
     cells = [new_markdown_cell('# Title\n\n> promise'), *map(new_code_cell, sources)]
     for i, c in enumerate(cells): c.id = f'cell{i}'
     nbformat.write(new_notebook(cells=cells), folder/f'{name}.ipynb')
 
 
-def go(folder, *args, script=SCRIPT, **kw): return run(sys.executable, script, '--nbs', folder, '--jobs', '1', *args, ok=False, cwd=folder.parent, **kw)
+def go(folder, *args, script=SCRIPT, **kw):
+    return run(sys.executable, script, '--nbs', folder, '--jobs', '1', *args, ok=False, cwd=folder.parent, **kw)
 
 
 def outputs(path): return [c.outputs for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code']
@@ -86,12 +88,44 @@ def test_failure_names_the_cell(tmp_path):
     assert p.returncode == 1 and re.search('01_good … .* ok', p.stdout) and 'failed: 00_bad' in p.stdout, p.stdout
 
 
-def test_names(tmp_path):
+TREE = '03_c', '00_a', 'foundation/03_d', 'foundation/00_b', 'foundation/12_e', 'tools/00_f', '_draft', '.cache/00_g'
+HERE = ['00_a', '03_c', 'foundation/00_b', 'foundation/03_d', 'foundation/12_e', 'tools/00_f']   # in the order of running
+
+
+@pytest.fixture
+def tree(tmp_path):
+    "A course with folders; nothing in it has to run."
+    for name in TREE: notebook(tmp_path/'nbs', name, '1')
+    return tmp_path/'nbs'
+
+
+@pytest.mark.parametrize('words, expected', [
+    ([], HERE), (['03'], ['03_c']), (['03_c.ipynb'], ['03_c']), (['c'], ['03_c']), (['0*'], HERE[:2]), (['12'], ['foundation/12_e']),
+    (['f'], ['tools/00_f']), (['foundation/03'], ['foundation/03_d']), (['foundation/*'], HERE[2:5]), (['*/00*'], [HERE[0], *HERE[2:6:3]]),
+    (['tools/00_f', '03', 'foundation/d'], ['03_c', 'foundation/03_d', 'tools/00_f'])], ids=' '.join)
+def test_names(tree, words, expected): assert list(chosen(tree, words)) == expected
+
+
+def test_paths(tree, monkeypatch):
+    monkeypatch.chdir(tree.parent)
+    for path in (tree/'foundation'/'03_d.ipynb', 'nbs/foundation/03_d.ipynb'): assert list(chosen(tree, [str(path)])) == ['foundation/03_d']
+
+
+def test_lost_names(tree):
+    for word in ('07', 'foundation/c', 'nowhere/*'):
+        with pytest.raises(ValueError, match='no notebook called .*; there are 00_a, 03_c, foundation/00_b'): chosen(tree, [word])
+    p = go(tree, '07')
+    assert p.returncode == 2 and 'no notebook called 07' in p.stdout
+
+
+def test_folders(tmp_path):
+    "The course runs first; each notebook works in its own folder, and copies of the same name stay apart."
     nbs = tmp_path/'nbs'
-    for name in ('00_a', '01_b', '90_c'): notebook(nbs, name, '1')
-    assert re.findall(r'\] (\w+) …', go(nbs, '9*', '01', '00_a.ipynb').stdout) == ['00_a', '01_b', '90_c']
-    p = go(nbs, '07')
-    assert p.returncode == 2 and 'no notebook called 07' in p.stdout and '01_b' in p.stdout
+    for name in ('00_a', 'tools/00_a', 'foundation/00_a'): notebook(nbs, name, f'import os\nprint("{name}", os.getcwd())')
+    p = go(nbs, '--out', 'out')
+    assert re.findall(r'\] (\S+) … .* ok', p.stdout) == ['00_a', 'foundation/00_a', 'tools/00_a'], p.stdout
+    for name in ('00_a', 'tools/00_a', 'foundation/00_a'):
+        assert outputs(tmp_path/'out'/f'{name}.ipynb')[0][0].text.split() == [name, str((nbs/name).parent)]
 
 
 @pytest.mark.parametrize('source, word', [('import os; os._exit(3)', 'kernel died'), ('import time; time.sleep(60)', '--timeout')], ids=['dead', 'slow'])

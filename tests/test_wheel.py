@@ -1,5 +1,5 @@
 "The wheel stands alone: installed elsewhere it imports, says its version, names its needs and changes nothing in the process."
-import ast, json, os, re, shutil, sys, sysconfig, venv, zipfile
+import ast, functools, json, os, re, shutil, sys, sysconfig, venv, zipfile
 from email.parser import Parser
 from importlib.metadata import packages_distributions
 
@@ -7,8 +7,12 @@ import pytest
 
 from conftest import ROOT, python, run
 
+pytestmark = pytest.mark.xdist_group('wheel')   # one worker builds it
+
 MODULES = sorted(p.stem for p in (ROOT/'pcam_tp').glob('*.py') if not p.stem.startswith('_'))
 ALL = 'import importlib\nfor m in ["pcam_tp"] + %r: importlib.import_module(m)\n' % [f'pcam_tp.{m}' for m in MODULES]
+TOOLS = 'scripts', 'tests', 'benchmarks'
+OURS = {'pcam_tp', *(p.stem for folder in TOOLS for p in (ROOT/folder).rglob('*.py'))}
 OTHERS = {'google'}   # google.colab: there only on Colab, where it needs no requirement
 
 
@@ -71,30 +75,51 @@ def test_the_command(installed, tmp_path):
     assert bad.returncode == 1 and 'nor an existing folder' in bad.stdout and 'Traceback' not in bad.stdout
 
 
-def third_party():
-    "{top-level package: where} of what pcam_tp/ imports, split into imports at module level and those inside functions."
+def third_party(folder):
+    "{top-level package: where} of what the files of a folder import: at module level, and inside functions and `try`."
     always, sometimes = {}, {}
-    for path in sorted((ROOT/'pcam_tp').glob('*.py')):
+    for path in sorted(folder.rglob('*.py')):
         tree = ast.parse(path.read_text(encoding='utf-8'))
-        inside = {n for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.Try)) for n in ast.walk(f)}
+        scopes = ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.Try
+        inside = {n for f in ast.walk(tree) if isinstance(f, scopes) for n in ast.walk(f)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Import): names = [a.name for a in node.names]
             elif isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
             else: continue
-            for top in {n.split('.')[0] for n in names} - set(sys.stdlib_module_names) - {'pcam_tp'} - OTHERS:
+            for top in {n.split('.')[0] for n in names} - set(sys.stdlib_module_names) - OURS - OTHERS:
                 (sometimes if node in inside else always).setdefault(top, f'{path.name}:{node.lineno}')
     return always, sometimes
 
 
-def test_requirements_cover_imports(metadata):
+distributions = functools.cache(packages_distributions)   # reads the files of every package
+
+
+def owners(top):
+    "The packages that bring the top-level module `top`."
+    return {canonical(d) for d in distributions().get(top, [top])}
+
+
+@pytest.fixture(scope='module')
+def required(metadata):
+    "Names of the packages that the wheel requires: always, and with every extra."
     reqs = metadata.get_all('Requires-Dist')
     name = lambda r: canonical(re.match(r'[\w.-]+', r)[0])
-    plain, every = {name(r) for r in reqs if 'extra ==' not in r}, {name(r) for r in reqs}
-    dists = packages_distributions()
-    for imported, named in zip(third_party(), (plain, every)):
+    return {name(r) for r in reqs if 'extra ==' not in r}, {name(r) for r in reqs}
+
+
+def test_requirements_cover_imports(required):
+    plain, every = required
+    always, sometimes = third_party(ROOT/'pcam_tp')
+    tools = [imports for folder in TOOLS for imports in third_party(ROOT/folder)]
+    for imported, named in ((always, plain), (sometimes, every), *((t, every) for t in tools)):
         for top, where in imported.items():
-            owners = {canonical(d) for d in dists.get(top, [top])}
-            assert owners & named, f'{where} imports {top} ({", ".join(owners)}), which settings.ini does not require'
+            assert owners(top) & named, f'{where} imports {top} ({", ".join(owners(top))}): not in settings.ini'
+
+
+def test_requirements_are_imported(required):
+    always, sometimes = third_party(ROOT/'pcam_tp')
+    idle = required[0] - {d for top in always | sometimes for d in owners(top)}
+    assert not idle, f'settings.ini requires {", ".join(sorted(idle))}, which pcam_tp/ does not import (an extra?)'
 
 
 STATE = '''

@@ -1,0 +1,76 @@
+"""Every notebook and the explainers' tests on a simulated CUDA device: what a GPU refuses is refused on every machine.
+
+Alone: `make cuda`. The device is tests/fake_cuda; where it cannot be, these tests are skipped and say why.
+Where there is a GPU, the explainers' tests run on it by `pytest --device cuda tests/test_saliency.py …`."""
+import ast, os, sys
+
+import pytest
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), 'fake_cuda'))
+from conftest import NOTEBOOKS, TESTS, python, run
+from fake_cuda import why_not
+from test_layout import MODULES, imports
+from test_notebooks import check
+from test_run import notebook
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=f'no simulated CUDA device: {why_not()}')
+ON = {**os.environ, 'FAKE_CUDA': '1', 'FAKE_CUDA_JITTER': '1',
+      'PYTHONPATH': os.pathsep.join([str(TESTS/'fake_cuda'), os.environ['PYTHONPATH']])}
+
+
+def asks(file):
+    "Does a test file ask networks in its own process: does it import the classifier, or a module that does?"
+    tops = ast.parse(file.read_text(encoding='utf-8')).body
+    used = {(n.module or '').removeprefix('pcam_tp.') for n in tops if isinstance(n, ast.ImportFrom)} & {*MODULES}
+    return any(m == 'classifier' or 'classifier' in imports(m) for m in used)
+
+ASKING = [p.name for p in sorted(TESTS.glob('test_*.py')) if asks(p)]
+
+
+def pytest_on_device(file, *args, env=ON):
+    run(sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', file, *args, env=env)
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_notebook(name): check(NOTEBOOKS[name], ON, f'make cuda ARGS="-k {name}"')
+
+
+FAULTS = dict(
+    numpy=('import numpy as np', 'assert np.allclose(x, x)', "TypeError: can't convert cuda:0 device type tensor to numpy"),
+    mixed=('y = torch.ones(4, 1)', 'x + y', 'RuntimeError: Expected all tensors to be on the same device'),
+    sums=('w = torch.ones(3, 5, device=x.device)/3', 'assert torch.equal((x @ w)[:2], x[:2] @ w)', 'AssertionError'))
+
+@pytest.mark.parametrize('kind', FAULTS)
+def test_faults_are_found(kind, tmp_path):
+    "What runs on the processor and not on a GPU fails here, and the failure names notebook, cell and error."
+    first, second, error = FAULTS[kind]
+    make = "import torch\nx = torch.rand(4, 3, device='cuda' if torch.cuda.is_available() else 'cpu')"
+    notebook(tmp_path, '00_fault', make, first, second)
+    check(tmp_path/'00_fault.ipynb')
+    with pytest.raises(pytest.fail.Exception) as e: check(tmp_path/'00_fault.ipynb', ON)
+    assert f'00_fault.ipynb, cell 4: {error}' in str(e.value).splitlines()[0]
+
+
+@pytest.mark.parametrize('file', ASKING)
+def test_explainers(file): pytest_on_device(f'tests/{file}', '--device', 'cuda')
+
+
+@pytest.mark.parametrize('jitter', '01', ids=['exact', 'noisy'])
+def test_the_device_itself(jitter): pytest_on_device('tests/fake_cuda/selftest.py', env=ON | {'FAKE_CUDA_JITTER': jitter})
+
+
+def test_training():
+    "A network learns on the device: parameters, batches and the optimiser's state are there, and the loss falls."
+    python('''
+import torch
+from pcam_tp.data import open_split, subset
+from pcam_tp.models import build
+from pcam_tp.training import train
+model = build('small_cnn', width=.1)
+before = [p.clone() for p in model.parameters()]
+few = subset(open_split('train'), 64)
+history = train(model, few, subset(open_split('valid'), 32), epochs=6, batch_size=16, precision='no')
+assert torch.cuda.is_fake and all(p.is_cuda for p in model.parameters()), 'trained on the processor'
+assert not any(torch.equal(p, b.cuda()) for p, b in zip(model.parameters(), before)), 'some parameters stood still'
+assert len(history) == 6 and history.train_loss.iloc[-1] < history.train_loss.iloc[0], history
+''', env=ON)
