@@ -266,7 +266,7 @@ def chosen_layers(
     layer=None # a name, several names, or None: the last of `model.layers`
 ) -> tuple: # names
     "The layers that are meant. Raises `ValueError` where a model names none, or has none of that name."
-    names = (layer,) if isinstance(layer, str) else tuple(model.layers[-1:] if layer is None else layer)
+    names = (layer,) if isinstance(layer, str) else tuple(dict.fromkeys(model.layers[-1:] if layer is None else layer))
     if not names:
         known = [n for n, m in model.net.named_modules() if isinstance(m, nn.Conv2d)][-3:]
         raise ValueError("this model names no layer: say which, layer='…' or Classifier(net, layers=('…',)); "
