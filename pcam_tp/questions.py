@@ -47,7 +47,9 @@ def baseline(
     _check_word(kind)
     if kind in ('black', 'white'): return torch.full_like(x, float(kind == 'white'))
     if kind == 'mean': return x.mean((2, 3), keepdim=True).expand_as(x)
-    if kind == 'noise': return torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(seed)).to(x).expand_as(x)
+    if kind == 'noise':
+        dice = torch.Generator().manual_seed(seed)
+        return torch.rand(x.shape[1:], generator=dice, dtype=torch.float32).to(x).expand_as(x)
     sigma = min(x.shape[2:])/12
     side = 2*min(int(3*sigma), min(x.shape[2:]) - 1) + 1
     return gaussian_blur(x, side, sigma)

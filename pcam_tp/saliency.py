@@ -45,7 +45,8 @@ def _noisy(q, n_samples, noise):
     if int(n_samples) != n_samples or n_samples < 1: raise ValueError(f'n_samples is {n_samples}: expected a whole number, at least 1')
     if not 0 <= noise < float('inf'):
         raise ValueError(f"noise is {noise}: expected a number from 0 up, the standard deviation as a share of the image's range")
-    eps = torch.randn(int(n_samples), *q.x.shape[1:], generator=torch.Generator().manual_seed(q.seed))
+    dice = torch.Generator().manual_seed(q.seed)
+    eps = torch.randn(int(n_samples), *q.x.shape[1:], generator=dice, dtype=torch.float32)
     eps = eps.to(q.device, memory_format=torch.channels_last)
     sd = noise*(q.x.amax((1, 2, 3)) - q.x.amin((1, 2, 3))).view(-1, 1, 1, 1)
     return lambda i, j: q.x[i] + sd[i]*eps[j]
