@@ -52,8 +52,9 @@ _cam = dict(signed=True, passes=lambda details, **_: 1 + details, fits=_has_laye
 def gradcam(q, *, layer=None, details=False):
     """Grad-CAM: channels weighted by their mean gradient.
 
-    layer: a name below `model.net`, several names, or None for the last of `model.layers`. Maps of several layers are divided
-    by their own largest |value| in each image, then averaged. Details: 'score', and of one layer 'grid' (N, h, w)."""
+    layer: a name below `model.net`, several names, or None for the last of `model.layers`. Maps of several layers
+      are divided by their own largest |value| in each image, then averaged.
+    Details: 'score' (N,) and, of one layer, 'grid' (N, h, w)."""
     return _map(q, 'gradcam', layer, details)
 
 @explainer(source='Draelos and Carin 2020', **_cam)
@@ -64,7 +65,7 @@ def hirescam(q, *, layer=None, details=False):
 # %% ../nbs/03_gradcam.ipynb #43dd5ba5
 @explainer(source='Chattopadhay et al. 2018', **_cam)
 def gradcam_pp(q, *, layer=None, details=False):
-    """Grad-CAM++: channels weighted by positive gradients with pixel-wise coefficients; with the gradient of the score itself.
+    """Grad-CAM++: channels weighted by positive gradients, of the score itself, with pixel-wise coefficients.
     `layer` and details: see `gradcam`."""
     return _map(q, 'gradcam_pp', layer, details)
 

@@ -257,7 +257,7 @@ def get_layer(
 ) -> nn.Module:
     "The layer by name; the error lists the layers worth explaining."
     if isinstance(model.net, torch.jit.ScriptModule):
-        raise ValueError(f'layer {layer!r}: the layers of a scripted network cannot be hooked; give Classifier the original')
+        raise ValueError(f'layer {layer!r}: a scripted network has no hooks; give Classifier the original')
     try: return model.net.get_submodule(layer)
     except AttributeError as e:
         known = model.layers or [n for n, m in model.net.named_modules() if isinstance(m, nn.Conv2d)][-4:]

@@ -26,8 +26,9 @@ def _reduced(g, channels):
 def saliency(q, *, channels='max'):
     """Gradient of the score with respect to the pixels, in score per unit of pixel value.
 
-    channels: 'max' or 'mean' of |gradient| over the colours (positive), or 'sum' (signed: positive = a brighter pixel raises
-    the score). Details: 'gradient' (N, 3, H, W)."""
+    channels: 'max' or 'mean' of |gradient| over the colours (positive), or 'sum' (signed: positive = a brighter
+      pixel raises the score)
+    Details: 'gradient' (N, 3, H, W)."""
     g = q.gradients()
     return _reduced(g, channels), dict(gradient=g)
 
@@ -41,10 +42,11 @@ def input_x_gradient(q):
 
 # %% ../nbs/04_saliency.ipynb #cf4ab497
 def _noisy(q, n_samples, noise):
-    "Noisy copies as a function of image and copy, (i, j) → images: the same noise for every image, times `noise`·(max − min) of its values."
-    if int(n_samples) != n_samples or n_samples < 1: raise ValueError(f'n_samples is {n_samples}: expected a whole number, at least 1')
+    "Noisy copies, (i, j) → images: the same noise for every image, times `noise`·(max − min) of its values."
+    if int(n_samples) != n_samples or n_samples < 1:
+        raise ValueError(f'n_samples is {n_samples}: expected a whole number, at least 1')
     if not 0 <= noise < float('inf'):
-        raise ValueError(f"noise is {noise}: expected a number from 0 up, the standard deviation as a share of the image's range")
+        raise ValueError(f'noise is {noise}: expected a number from 0 up, a share of the image\'s range')
     dice = torch.Generator().manual_seed(q.seed)
     eps = torch.randn(int(n_samples), *q.x.shape[1:], generator=dice, dtype=torch.float32)
     eps = eps.to(q.device, memory_format=torch.channels_last)
@@ -59,10 +61,12 @@ _KINDS = dict(smoothgrad=lambda mean, square: mean, smoothgrad_sq=lambda mean, s
 @explainer(signed=lambda kind, channels, **_: kind == 'smoothgrad' and channels == 'sum', source='Smilkov et al. 2017',
            passes=lambda n_samples, **_: int(n_samples))
 def smoothgrad(q, *, n_samples=25, noise=.15, kind='smoothgrad', channels='sum', details=False):
-    """SmoothGrad: the gradients of noisy copies, averaged. The class is that of the image itself; copies are not clamped to [0, 1].
+    """SmoothGrad: the gradients of noisy copies, averaged, for the class of the image itself.
 
-    n_samples: copies; noise: standard deviation as a share of each image's range, max − min; kind: 'smoothgrad' (mean, signed as
-    `saliency` is), 'smoothgrad_sq' (mean square) or 'vargrad' (variance; Adebayo et al. 2018); channels: as in `saliency`.
+    n_samples: noisy copies of each image; they are not clamped to [0, 1]
+    noise: standard deviation as a share of each image's range, max − min
+    kind: 'smoothgrad' (mean, signed as `saliency` is), 'smoothgrad_sq' (mean square) or 'vargrad' (variance)
+    channels: as in `saliency`
     Details: 'gradient' and 'squared_gradient' (N, 3, H, W), the means."""
     if kind not in _KINDS: raise ValueError(f'kind {kind!r}: expected one of {", ".join(_KINDS)}')
     make, squares = _noisy(q, n_samples, noise), torch.zeros_like(q.x)
@@ -73,17 +77,18 @@ def smoothgrad(q, *, n_samples=25, noise=.15, kind='smoothgrad', channels='sum',
     return _reduced(_KINDS[kind](mean, square), channels), dict(gradient=mean, squared_gradient=square)
 
 # %% ../nbs/04_saliency.ipynb #e6b190da
-def smoothed(explain, n_samples=25, noise=.15):
-    """An explainer whose maps are the mean of those of `explain` over noisy copies, for the class of the image itself.
-    `n_samples`, `noise` as in `smoothgrad`, the same noise for the same seed. Own options of the method: `smoothed(method.using(…))`."""
+def smoothed(method, n_samples=25, noise=.15):
+    """An explainer whose maps are the mean of those of `method` over noisy copies, for the class of the image itself.
+    `n_samples`, `noise` as in `smoothgrad`, with the same noise for the same seed. Own options of
+    the method: `smoothed(method.using(…))`. Copies are not clamped to [0, 1]."""
     def mean_map(q, *, n_samples=n_samples, noise=noise):
         make, every = _noisy(q, n_samples, noise), torch.arange(len(q.x), device=q.device)
-        return sum(explain.on(q.at(make(every, torch.full_like(every, j))))[0] for j in range(int(n_samples)))/n_samples
-    mean_map.__name__ = mean_map.__qualname__ = f'smoothed_{explain.__name__}'
-    mean_map.__doc__ = f'Mean map of {explain.__name__} over noisy copies; `n_samples`, `noise` as in `smoothgrad`.'
-    passes = lambda n_samples, noise, shape, details, **_: int(n_samples)*explain.passes(shape)
-    return explainer(signed=explain.signed, source=f'{explain.source}, smoothed', passes=passes, backward=explain.backward,
-                     fits=lambda model, **_: explain.fits(model))(mean_map)
+        return sum(method.on(q.at(make(every, torch.full_like(every, j))))[0] for j in range(int(n_samples)))/n_samples
+    mean_map.__name__ = mean_map.__qualname__ = f'smoothed_{method.__name__}'
+    mean_map.__doc__ = f'Mean map of {method.__name__} over noisy copies; `n_samples`, `noise` as in `smoothgrad`.'
+    passes = lambda n_samples, shape, **_: int(n_samples)*method.passes(shape)
+    return explainer(signed=method.signed, source=f'{method.source}, smoothed', passes=passes,
+                     backward=method.backward, fits=lambda model, **_: method.fits(model))(mean_map)
 
 # %% ../nbs/04_saliency.ipynb #14acd372
 @contextlib.contextmanager
@@ -105,7 +110,10 @@ def _has_relu(model, **_):
 
 @explainer(signed=lambda channels, **_: channels == 'sum', source='Springenberg et al. 2015', fits=_has_relu)
 def guided_backprop(q, *, channels='sum'):
-    """Guided backpropagation; no gradient of anything, kept as an example that fails. Needs `nn.ReLU` modules, and does not see
-    ReLUs that are called as functions. `channels`: as in `saliency`. Details: 'gradient' (N, 3, H, W)."""
+    """Guided backpropagation: no gradient of anything, kept as an example that fails.
+    Needs `nn.ReLU` modules, and does not see ReLUs that are called as functions.
+
+    channels: as in `saliency`
+    Details: 'gradient' (N, 3, H, W)."""
     with evaluating(q.model), _positive_gradients(q.model): g = q.gradients()
     return _reduced(g, channels), dict(gradient=g)
