@@ -66,7 +66,7 @@ def as_logits(
     if not torch.is_tensor(out):
         raise ValueError(f'the network returns {_described(out)}: say where the logits are, Classifier(net, output=…) '
                          'with a position, a key or a function')
-    z = out[None] if out.ndim == 1 and n == 1 else out[:, None] if out.ndim == 1 else out
+    z = out.reshape(1, -1) if out.ndim < 2 and n == 1 else out[:, None] if out.ndim == 1 else out
     if z.ndim > 2 and z[0].numel() == z.shape[1]: z = z.flatten(1)   # (N, K, 1, 1)
     if z.ndim != 2 or len(z) != n or not z.is_floating_point():
         raise ValueError(f'the network gives {z.dtype} {tuple(out.shape)} for {n} images: expected logits ({n}, K), '
@@ -256,6 +256,8 @@ def get_layer(
     layer:str # a name below `model.net`
 ) -> nn.Module:
     "The layer by name; the error lists the layers worth explaining."
+    if isinstance(model.net, torch.jit.ScriptModule):
+        raise ValueError(f'layer {layer!r}: a scripted network has no hooks; give Classifier the original')
     try: return model.net.get_submodule(layer)
     except AttributeError as e:
         known = model.layers or [n for n, m in model.net.named_modules() if isinstance(m, nn.Conv2d)][-4:]
@@ -266,7 +268,7 @@ def chosen_layers(
     layer=None # a name, several names, or None: the last of `model.layers`
 ) -> tuple: # names
     "The layers that are meant. Raises `ValueError` where a model names none, or has none of that name."
-    names = (layer,) if isinstance(layer, str) else tuple(model.layers[-1:] if layer is None else layer)
+    names = (layer,) if isinstance(layer, str) else tuple(dict.fromkeys(model.layers[-1:] if layer is None else layer))
     if not names:
         known = [n for n, m in model.net.named_modules() if isinstance(m, nn.Conv2d)][-3:]
         raise ValueError("this model names no layer: say which, layer='…' or Classifier(net, layers=('…',)); "

@@ -47,7 +47,9 @@ def baseline(
     _check_word(kind)
     if kind in ('black', 'white'): return torch.full_like(x, float(kind == 'white'))
     if kind == 'mean': return x.mean((2, 3), keepdim=True).expand_as(x)
-    if kind == 'noise': return torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(seed)).to(x).expand_as(x)
+    if kind == 'noise':
+        dice = torch.Generator().manual_seed(seed)
+        return torch.rand(x.shape[1:], generator=dice, dtype=torch.float32).to(x).expand_as(x)
     sigma = min(x.shape[2:])/12
     side = 2*min(int(3*sigma), min(x.shape[2:]) - 1) + 1
     return gaussian_blur(x, side, sigma)
@@ -242,11 +244,11 @@ def questions(
 @dataclass(frozen=True)
 class _Facts:
     "What tables and `explain` must know about an explainer."
-    signed:bool # do maps have values against the class?
+    signed:Callable # do maps have values against the class? A function of own options
     source:str # paper and year
     passes:Callable # images through the network for each image: a function of `shape`, `details` and own options
     backward:bool # does it need gradients?
-    fits:Callable # called with the model, raises ValueError where the method cannot work; or None
+    fits:Callable # called with the model and own options, raises ValueError where the method cannot work
 
 COMMON = """
 
@@ -262,14 +264,15 @@ COMMON = """
     argument. Leaves model and images as they were."""
 
 def explainer(
-    *, signed:bool, # do maps have values against the class?
+    *, signed, # do maps have values against the class? A bool, or a function of own options
     source:str, # paper and year
     passes=1, # images through the network for each image: a number, or a function of `shape`, `details`, own options
     backward:bool=True, # does it need gradients?
-    fits:Callable=None # called with the model; raises `ValueError` where the method cannot work on it
+    fits:Callable=lambda model, **_: None # called with the model and own options; `ValueError` where it cannot work
 ):
     "Decorator: a function `f(q, *, options)` of a `Question`, giving maps or (maps, details), becomes an explainer."
-    facts = _Facts(signed, source, passes if callable(passes) else lambda **_: passes, backward, fits)
+    always = lambda fact: fact if callable(fact) else lambda **_: fact
+    facts = _Facts(always(signed), source, always(passes), backward, fits)
     return lambda f: _public(f, facts, {})
 
 # %% ../nbs/foundation/12_questions.ipynb #37beeb21
@@ -295,8 +298,11 @@ def _public(f, facts, changed):
     def count(shape=(96, 96), details=False, **options):
         "Images through the network for each image explained."
         return facts.passes(**usual | options | dict(shape=shape, details=details))
+    def fits(model, **options):
+        "Raise `ValueError` where the method cannot work on the model, with these options."
+        facts.fits(model, **usual | options)
     face.on, face.using, face.passes, face.options = on, using, count, [k for k in own if k != 'details']
-    face.signed, face.source, face.backward, face.fits = facts.signed, facts.source, facts.backward, facts.fits
+    face.signed, face.source, face.backward, face.fits = facts.signed(**usual), facts.source, facts.backward, fits
     face.__signature__, face.__doc__ = _signature(own, usual), (f.__doc__ or '') + COMMON
     return face
 
@@ -320,6 +326,13 @@ def but(self:Question, baseline):
     q.hides = baseline
     return q
 
+@patch
+def at(self:Question, images):
+    "The same question about other images of the same shape; noisy copies may leave [0, 1]."
+    q = copy(self)
+    q.x, q._kept = images.detach().to(self.x, memory_format=torch.channels_last), {}
+    return q
+
 def answers(
     explainers:dict, # name → explainer
     model:Classifier, x:torch.Tensor, target=None,
@@ -327,18 +340,20 @@ def answers(
     **options # `score`, `baseline`, `precision`, `batch_size`, `seed`; a method's own, where there is one method
 ) -> dict: # name → (maps (N, H, W), details with 'target')
     "Maps of several explainers, asked together: one `Question` for each group of images serves them all."
-    for e in explainers.values():
-        if e.fits is not None: e.fits(model)
     own = next(iter(explainers.values())).options if len(explainers) == 1 else []
     _known(' and '.join(explainers), options, [*own, 'score', 'baseline', 'precision', 'batch_size', 'seed'])
     mine = {k: options.pop(k) for k in own if k in options}
+    check_model(model)
+    for e in explainers.values(): e.fits(model, **mine)
     if isinstance(options.get('baseline'), str): _check_word(options['baseline'])
     asked, parts = questions(model, x, target, **options), {name: [] for name in explainers}
     total = sum(e.passes(tuple(x.shape[2:]), details, **mine) for e in explainers.values())*len(x)
     with torch.inference_mode(False), progress(total=total, desc='explaining', unit='pass', disable=total <= 0) as bar:
         for q in asked:
             q.bar = bar
-            for name, e in explainers.items(): parts[name].append(_checked(name, q, *e.on(q, details, **mine)))
+            for name, e in explainers.items():
+                maps, known = _checked(name, q, *e.on(q, details, **mine))
+                parts[name].append((maps, known if details else {}))   # nothing is kept that nobody asked for
     join = lambda found: (torch.cat([m for m, _ in found]), _joined([d for _, d in found]) if details else {})
     return {name: join(found) for name, found in parts.items()}
 

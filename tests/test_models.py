@@ -8,9 +8,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from pcam_tp.cam import CAMS, cams
-from pcam_tp.models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, PCAM_MEAN, Classifier, as_grid, build, class_score, evaluating, get_layer, imagenet_weights,
-                            layer_output, layer_table, load_model, predict, save_model, trainable_parameters)
+from pcam_tp.cam import CAMS
+from pcam_tp.classifier import (IMAGENET_MEAN, IMAGENET_STD, PCAM_MEAN, Classifier, class_score, evaluating, get_layer,
+                                layer_output, predict, trainable_parameters)
+from pcam_tp.models import MODELS, build, imagenet_weights, layer_table, load_model, save_model
+from pcam_tp.questions import answers
 
 X = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 TORCHVISION = [n for n, a in MODELS.items() if not a.make]
@@ -60,7 +62,7 @@ def test_architecture(name, tmp_path):
     for layer in model.layers: assert torch.equal(kept[layer], recomputed(model, layer, X[:1])), f'{layer} is overwritten after the hook'
     last = model.layers[-1]
     with torch.no_grad(): grid = layer_output(model, last, X[:1])
-    assert torch.equal(grid, as_grid(kept[last], last)) and grid.shape[2] == grid.shape[3] > 2
+    assert torch.equal(grid, model.grid(kept[last], last, X[:1].shape)) and grid.shape[2] == grid.shape[3] > 2
 
     save_model(model, tmp_path/name)
     other = load_model(tmp_path/name)
@@ -70,9 +72,7 @@ def test_architecture(name, tmp_path):
 
 @pytest.mark.parametrize('name', MODELS)
 def test_every_network_has_class_activation_maps(name):
-    maps = cams(settled(build(name)), X)
-    assert set(maps) == set(CAMS)
-    for m in maps.values(): assert m.shape == (2, 96, 96) and m.isfinite().all() and m.any(), name
+    for m, _ in answers(CAMS, settled(build(name)), X).values(): assert m.shape == (2, 96, 96) and m.isfinite().all() and m.any(), name
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -104,7 +104,7 @@ def test_the_score_hangs_on_the_hooked_tensor(name):
     hook.remove()
     expected = (g*step).sum()
     assert expected > 1e-6 and abs(change/expected - 1) < .3
-    if name.startswith('vit'): assert as_grid(g)[0].abs().sum(0).min() > 0, 'every patch token has a gradient'
+    if name.startswith('vit'): assert model.grid(g, layer, X[:1].shape)[0].abs().sum(0).min() > 0, 'every patch token has a gradient'
 
 
 @pytest.mark.parametrize('name, head', [('resnet34', 'fc'), ('densenet121', 'classifier'), ('efficientnet_b1', 'classifier')])
