@@ -342,10 +342,10 @@ def answers(
     "Maps of several explainers, asked together: one `Question` for each group of images serves them all."
     own = next(iter(explainers.values())).options if len(explainers) == 1 else []
     _known(' and '.join(explainers), options, [*own, 'score', 'baseline', 'precision', 'batch_size', 'seed'])
-    mine = {k: options.pop(k) for k in own if k in options}
+    if isinstance(options.get('baseline'), str): _check_word(options['baseline'])
+    mine = {k: options.pop(k) for k in [*own, *['baseline']*(len(explainers) == 1)] if k in options}   # wins over `using`
     check_model(model)
     for e in explainers.values(): e.fits(model, **mine)
-    if isinstance(options.get('baseline'), str): _check_word(options['baseline'])
     asked, parts = questions(model, x, target, **options), {name: [] for name in explainers}
     total = sum(e.passes(tuple(x.shape[2:]), details, **mine) for e in explainers.values())*len(x)
     with torch.inference_mode(False), progress(total=total, desc='explaining', unit='pass', disable=total <= 0) as bar:
