@@ -44,8 +44,10 @@ class _Flatten(nn.Flatten):
 # %% ../nbs/01_models.ipynb #e7bab815
 def _head(kind, c, n_classes, dropout):
     grid = [nn.AdaptiveAvgPool2d(6), _Flatten()]
-    if kind == 'mlp': return nn.Sequential(*grid, nn.Dropout(dropout), nn.Linear(36*c, 256), nn.ReLU(), nn.Dropout(dropout), nn.Linear(256, n_classes))
-    if kind == 'flatten': return nn.Sequential(*grid, nn.Dropout(dropout), nn.Linear(36*c, n_classes))
+    drop = lambda: nn.Dropout(dropout)
+    two = drop(), nn.Linear(36*c, 256), nn.ReLU(), drop(), nn.Linear(256, n_classes)
+    if kind == 'mlp': return nn.Sequential(*grid, *two)
+    if kind == 'flatten': return nn.Sequential(*grid, drop(), nn.Linear(36*c, n_classes))
     if kind == 'gap': return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, n_classes))
     raise ValueError(f"head {kind!r}: expected 'mlp', 'flatten' or 'gap'")
 
@@ -70,11 +72,13 @@ class Architecture(NamedTuple):
 
 _RESNET = Architecture('layer1 layer2 layer3 layer4', 'fc')
 _EFFICIENTNET = Architecture('features.2 features.3 features.5 features.8', 'classifier.1')
+_DENSENET = ' '.join(f'features.{k}' for k in ('denseblock1', 'denseblock2', 'denseblock3', 'relu5'))
+_VIT = ' '.join(f'encoder.layers.encoder_layer_{i}.ln_1' for i in (2, 5, 8, 11))
 MODELS = dict(
     small_cnn=Architecture('conv1 conv2 conv3 conv4', 'head', make=small_cnn),
     resnet18=_RESNET, resnet34=_RESNET, resnet50=_RESNET,
-    densenet121=Architecture('features.denseblock1 features.denseblock2 features.denseblock3 features.relu5', 'classifier'),
-    vit_b_16=Architecture(' '.join(f'encoder.layers.encoder_layer_{i}.ln_1' for i in (2, 5, 8, 11)), 'heads.head', size=224),
+    densenet121=Architecture(_DENSENET, 'classifier'),
+    vit_b_16=Architecture(_VIT, 'heads.head', size=224),
     alexnet=Architecture('features.1 features.4 features.7 features.11', 'classifier.6'),
     vgg11=Architecture('features.4 features.9 features.14 features.19', 'classifier.6'),
     vgg19=Architecture('features.8 features.17 features.26 features.35', 'classifier.6'),
@@ -96,7 +100,8 @@ def _torchvision(name, n_classes, state=None):
 def _with_last_relu(net):
     "A DenseNet as a sequence, with the same names of weights, whose last ReLU is the module `features.relu5`."
     net.features.add_module('relu5', nn.ReLU())
-    return nn.Sequential(OrderedDict(features=net.features, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), classifier=net.classifier))
+    parts = dict(features=net.features, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), classifier=net.classifier)
+    return nn.Sequential(OrderedDict(parts))
 
 # %% ../nbs/01_models.ipynb #7887ff30
 def build(
@@ -112,12 +117,14 @@ def build(
     "A model by name in channels_last layout; its card says how it was built and what was loaded."
     arch, classes = _check(name, n_classes, classes, geometry, pretrained, options)
     state = imagenet_weights(name) if pretrained else None
-    geometry = (dict(size=arch.size) if arch.size else {}) | (dict(zip(('mean', 'std'), arch.imagenet)) if state else {}) | (geometry or {})
+    usual = (dict(size=arch.size) if arch.size else {}) | (dict(zip(('mean', 'std'), arch.imagenet)) if state else {})
+    geometry = usual | (geometry or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = arch.make(n_classes, **options) if arch.make else _torchvision(name, n_classes, state)
     sees = getattr(net, 'image_size', None)
-    if sees and sees != geometry['size']: raise ValueError(f"geometry says size={geometry['size']}: {name} takes {sees} pixels only")
+    if sees and sees != geometry['size']:
+        raise ValueError(f"geometry says size={geometry['size']}: {name} takes {sees} pixels only")
     card = dict(name=name, n_classes=n_classes, seed=seed, classes=classes, geometry=geometry, options=options,
                 pretrained=state is not None, freeze=False)
     model = Classifier(net, arch.layers.split(), classes=classes, **geometry)
@@ -131,12 +138,15 @@ def _check(name, n_classes, classes, geometry, pretrained, options):
     if name not in MODELS: raise ValueError(f'model {name!r}: expected one of {", ".join(MODELS)}')
     arch, common = MODELS[name], list(inspect.signature(build).parameters)[1:-1]
     possible = common + [p for p in inspect.signature(arch.make).parameters if p not in common] if arch.make else common
-    for kind, given, known in (('option', options, possible), ('geometry', geometry or {}, ['crop', 'size', 'mean', 'std'])):
+    asked = ('option', options, possible), ('geometry', geometry or {}, ['crop', 'size', 'mean', 'std'])
+    for kind, given, known in asked:
         unknown = [k for k in given if k not in known]
         if unknown: raise ValueError(f'{name} has no {kind} {", ".join(unknown)}: it takes {", ".join(known)}')
-    if pretrained and arch.make: raise ValueError(f'{name} has no ImageNet weights: {", ".join(n for n, a in MODELS.items() if not a.make)} have')
+    if pretrained and arch.make:
+        raise ValueError(f'{name} has no ImageNet weights: {", ".join(n for n, a in MODELS.items() if not a.make)} have')
     classes = classes or (CLASSES if n_classes == 2 else [f'class {k}' for k in range(n_classes)])
-    if len(classes) != n_classes: raise ValueError(f'classes {list(classes)}: expected a name for each of the {n_classes} logits')
+    if len(classes) != n_classes:
+        raise ValueError(f'classes {list(classes)}: expected a name for each of the {n_classes} logits')
     return arch, tuple(classes)
 
 # %% ../nbs/01_models.ipynb #46bf7425
@@ -159,7 +169,8 @@ def imagenet_weights(
             state = weights.get_state_dict(check_hash=True, map_location='cpu', weights_only=True)
     except (OSError, HTTPException, EOFError, RuntimeError, UnpicklingError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        warnings.warn(f'{name} starts with random weights, because its ImageNet weights ({weights.url}) cannot be had: {reason}', stacklevel=3)
+        warnings.warn(f'{name} starts with random weights, because its ImageNet weights ({weights.url}) '
+                      f'cannot be had: {reason}', stacklevel=3)
         return None
     state = {k: v for k, v in state.items() if not k.startswith('AuxLogits.')}
     return {re.sub(r'\.(norm|relu|conv)\.(\d)', r'.\1\2', k): v for k, v in state.items()}  # DenseNet's old names
@@ -187,11 +198,13 @@ def save_model(
     folder:Path # made when missing
 ) -> Path:
     "Write `weights.safetensors` and `card.json` into a folder; each appears whole."
-    if 'name' not in model.card: raise ValueError('this model has no card that says how to build it: make it with `build`')
+    if 'name' not in model.card:
+        raise ValueError('this model has no card that says how to build it: make it with `build`')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder/'card.json') as f: f.write_text(json.dumps(model.card, indent=1))
-    with atomic(folder/'weights.safetensors') as f: save_file({k: v.contiguous() for k, v in model.state_dict().items()}, f)
+    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    with atomic(folder/'weights.safetensors') as f: save_file(weights, f)
     return folder
 
 # %% ../nbs/01_models.ipynb #44192c3c
@@ -202,9 +215,12 @@ def load_model(
     "The model in evaluation mode. Raises `FileNotFoundError` when weights or card are missing."
     folder = Path(folder)
     for f in ('card.json', 'weights.safetensors'):
-        if not (folder/f).exists(): raise FileNotFoundError(f'{folder/f} is missing: a saved model is a folder with card.json and weights.safetensors')
+        if not (folder/f).exists():
+            raise FileNotFoundError(f'{folder/f} is missing: a saved model is a folder with '
+                                    'card.json and weights.safetensors')
     card = json.loads((folder/'card.json').read_text())
-    model = build(card['name'], card['n_classes'], card['seed'], card['classes'], card['geometry'], freeze=card.get('freeze', False), **card['options'])
+    kept = {k: card[k] for k in ('n_classes', 'seed', 'classes', 'geometry')}
+    model = build(card['name'], **kept, freeze=card.get('freeze', False), **card['options'])
     model.load_state_dict(load_file(folder/'weights.safetensors'))
     model.card = card
     return model.to(device).eval()

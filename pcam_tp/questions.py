@@ -343,7 +343,8 @@ def answers(
     own = next(iter(explainers.values())).options if len(explainers) == 1 else []
     _known(' and '.join(explainers), options, [*own, 'score', 'baseline', 'precision', 'batch_size', 'seed'])
     if isinstance(options.get('baseline'), str): _check_word(options['baseline'])
-    mine = {k: options.pop(k) for k in [*own, *['baseline']*(len(explainers) == 1)] if k in options}   # wins over `using`
+    alone = [*own, 'baseline'] if len(explainers) == 1 else []
+    mine = {k: options.pop(k) for k in alone if k in options}   # wins over `using`
     check_model(model)
     for e in explainers.values(): e.fits(model, **mine)
     asked, parts = questions(model, x, target, **options), {name: [] for name in explainers}

@@ -29,13 +29,15 @@ def seed_runs(
 # %% ../nbs/16_many_runs.ipynb #a2bc820e
 def seed_table(
     runs:dict # of `seed_runs`
-) -> pd.DataFrame: # a row per metric: mean over seeds, lowest, highest, standard deviation, width of one run's 95 % interval
+) -> pd.DataFrame: # a row per metric: mean over seeds, lowest, highest, sd, width of one run's 95 % interval
     "How much a result depends on the seed, beside how much it depends on the patches."
     t = pd.concat([results(p).assign(seed=s) for s, p in runs.items()])
     t['width'] = t.high - t.low
     g = t.groupby('metric', sort=False)
-    return pd.DataFrame(dict(mean=g.estimate.mean(), lowest=g.estimate.min(), highest=g.estimate.max(), sd=g.estimate.std(),
-                             interval_width=g.width.mean(), seeds=g.size())).reset_index()
+    e = g.estimate
+    columns = dict(mean=e.mean(), lowest=e.min(), highest=e.max(), sd=e.std())
+    columns |= dict(interval_width=g.width.mean(), seeds=g.size())
+    return pd.DataFrame(columns).reset_index()
 
 # %% ../nbs/16_many_runs.ipynb #fbb5ebdf
 def promised_minus_delivered(
@@ -57,14 +59,16 @@ def architectures(
     device='cpu', # where predictions are made
     **options # of `trained`, for all of them
 ) -> tuple: # table, predictions by name
-    "Train several networks by one recipe: trainable parameters, minutes, AUC, accuracy with intervals, difference to the first (Holm-adjusted p)."
+    """Train several networks by one recipe: trainable parameters, minutes, AUC and accuracy with intervals,
+    difference to the first (Holm-adjusted p)."""
     predictions, rows = {}, []
     for name in names:
         model = trained(name, train, valid, seed=seed, device=device, **options)
         predictions[name] = evaluate(model, test)
         card, r = model.card['training'], results(predictions[name]).set_index('metric')
-        rows.append(dict(model=name, parameters=card['parameters'], epochs=card['epochs'], minutes=card['seconds']/60,
-                         **{f'auc{k}': r.loc['auc', v] for k, v in (('', 'estimate'), ('_low', 'low'), ('_high', 'high'))}))
+        auc = dict(zip(('auc', 'auc_low', 'auc_high'), r.loc['auc', ['estimate', 'low', 'high']]))
+        made = dict(parameters=card['parameters'], epochs=card['epochs'], minutes=card['seconds']/60)
+        rows.append(dict(model=name, **made, **auc))
     correct = {k: (p.pred == p.y).to_numpy().astype(float) for k, p in predictions.items()}
     tests = compare(correct, names[0], by=test.slides, n_resamples=sizes().n_resamples)
     tests = tests.rename(columns=dict(name='model', estimate='accuracy', low='accuracy_low', high='accuracy_high'))

@@ -23,6 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from .classifier import Classifier, evaluating, predict
 from .core import atomic, best_batch_size, best_device, fastest_precision, progress, sizes
@@ -71,12 +72,12 @@ def augment(
 
 # %% ../nbs/foundation/14_training.ipynb #c2f60a6c
 def _accelerator(precision, device):
-    "An Accelerator for this precision; one of an earlier run in this process with another precision or device is forgotten."
+    "An Accelerator for this precision; one of an earlier run in this process with another precision or device is gone."
     if AcceleratorState._shared_state:
-        state = AcceleratorState()
-        if (state.mixed_precision, state.device.type) != (precision, device.type): AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(mixed_precision=precision, cpu=device.type == 'cpu',
-                       dataloader_config=DataLoaderConfiguration(split_batches=True))  # a batch is shared out: one step of the schedule for all
+        state, wanted = AcceleratorState(), (precision, device.type)
+        if (state.mixed_precision, state.device.type) != wanted: AcceleratorState._reset_state(reset_partial_state=True)
+    shared = DataLoaderConfiguration(split_batches=True)   # a batch is shared out: one step of the schedule for all
+    return Accelerator(mixed_precision=precision, cpu=device.type == 'cpu', dataloader_config=shared)
 
 # %% ../nbs/foundation/14_training.ipynb #b17d2383
 def predict_split(
@@ -97,13 +98,14 @@ def _auc(y, p):
 
 def _validate(model, split):
     logits, y = predict_split(model, split), torch.from_numpy(split.y)
-    return dict(valid_loss=F.cross_entropy(logits, y).item(), valid_accuracy=(logits.argmax(1) == y).float().mean().item(),
+    return dict(valid_loss=F.cross_entropy(logits, y).item(),
+                valid_accuracy=(logits.argmax(1) == y).float().mean().item(),
                 valid_auc=float(_auc(split.y, logits.double().softmax(1).numpy())))
 
 # %% ../nbs/foundation/14_training.ipynb #157744e8
 def _schedule(opt, kind, lr, steps):
-    if kind == 'one_cycle': return torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=max(.25, 2/steps))
-    if kind == 'plateau': return torch.optim.lr_scheduler.ReduceLROnPlateau(opt, factor=.1, patience=2)
+    if kind == 'one_cycle': return OneCycleLR(opt, lr, total_steps=steps, pct_start=max(.25, 2/steps))
+    if kind == 'plateau': return ReduceLROnPlateau(opt, factor=.1, patience=2)
     raise ValueError(f"schedule {kind!r}: expected 'one_cycle' or 'plateau'")
 
 # %% ../nbs/foundation/14_training.ipynb #b8623046
@@ -217,8 +219,8 @@ def train(
     device=None, # the best there is if None
     **recipe # anything of `RECIPE`
 ) -> pd.DataFrame: # a row per epoch
-    """AdamW on one process or several (`accelerate launch`). History: losses, validation accuracy and AUC (of each class
-    against the others where there are more than two), the learning rate at the epoch's start, seconds."""
+    """AdamW on one process or several (`accelerate launch`). History: losses, validation accuracy and AUC (of more than
+    two classes each against the others), the learning rate at the epoch's start, seconds."""
     if unknown := [k for k in recipe if k not in RECIPE]:
         raise ValueError(f'train has no option {", ".join(unknown)}: it takes {", ".join(RECIPE)}')
     recipe = dict(epochs=epochs, **RECIPE | recipe, train=split_id(train), valid=split_id(valid))
@@ -250,7 +252,8 @@ def _run(run, valid, checkpoint):
         while not run.done():
             start, rate = time.perf_counter(), run.opt.param_groups[0]['lr']
             loss = run.epoch(bar)
-            run.after_epoch(valid, epoch=len(run.history) + 1, train_loss=loss, lr=rate, seconds=time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            run.after_epoch(valid, epoch=len(run.history) + 1, train_loss=loss, lr=rate, seconds=seconds)
             bar.set_postfix(valid_auc=f"{run.history[-1]['valid_auc']:.3f}")
             if checkpoint: run.save(checkpoint)
     run.model.load_state_dict(run.best[2])
@@ -261,7 +264,7 @@ def evaluate(
     model:Classifier,
     split:Split
 ) -> pd.DataFrame: # a row per patch: row in the file, slide, y, pred, and p = probability of the second of two classes
-    "Predictions for every patch of a split; `p0` … `pK−1`, the probability of each class, where there are more than two."
+    "Predictions for every patch of a split; of more than two classes the probability of each, `p0` … `pK−1`."
     p = predict_split(model, split).double().softmax(1).numpy()
     chances = dict(p=p[:, 1]) if p.shape[1] == 2 else {f'p{k}': p[:, k] for k in range(p.shape[1])}
     slide = split.slides if split.slides is not None else None
@@ -284,7 +287,8 @@ def results(
     correct = (predictions.pred == predictions.y).to_numpy().astype(float)
     options = dict(n_resamples=n_resamples or sizes().n_resamples,
                    by=None if predictions.slide.isna().any() else predictions.slide.to_numpy())
-    rows = dict(accuracy=interval(correct, **options), auc=auc_interval(y, p, **options), nll=interval(nll(y, p), **options),
+    rows = dict(accuracy=interval(correct, **options), auc=auc_interval(y, p, **options),
+                nll=interval(nll(y, p), **options),
                 calibration_error=interval((y, p), statistic=calibration_error, **options))
     return pd.DataFrame([dict(metric=k, **v._asdict()) for k, v in rows.items()])
 
@@ -292,12 +296,12 @@ def results(
 def slide_table(
     predictions:pd.DataFrame # of `evaluate`, with slides
 ) -> pd.DataFrame: # a row per slide, the worst accuracy first
-    "Patches, share of tumour, accuracy, mean probability of tumour and NLL of each slide; of more classes not the two shares."
+    "Patches, share and mean probability of tumour (of two classes), accuracy and NLL of each slide."
     if predictions.slide.isna().any(): raise ValueError('predictions without slides: this split has no slide table')
     p, y = probabilities(predictions), predictions.y
     table = predictions.assign(correct=predictions.pred == y, nll=nll(y, p))
-    columns = dict(patches=('y', 'size'), tumour=('y', 'mean'), accuracy=('correct', 'mean'), mean_p=('p', 'mean'), nll=('nll', 'mean'))
-    if p.ndim > 1: del columns['tumour'], columns['mean_p']
+    columns = dict(patches=('y', 'size'), accuracy=('correct', 'mean'), nll=('nll', 'mean'))
+    if p.ndim == 1: columns |= dict(tumour=('y', 'mean'), mean_p=('p', 'mean'))
     return table.groupby('slide').agg(**columns).sort_values('accuracy').reset_index()
 
 # %% ../nbs/foundation/14_training.ipynb #2af1da28
