@@ -188,6 +188,7 @@ def _table(folder, split, pcam):
     if 'wsi' not in meta: _say(unknown.format(f"no column wsi in {path.name}"))
     return meta
 
+# %% ../nbs/foundation/10_data.ipynb #df01c7f3
 def _agree(folder, split, y, part, rows, pcam):
     "Raise `ValueError` unless table or masks have a row for each label, and in PCam say the same."
     other = raw_file(folder, split, part)
@@ -347,6 +348,7 @@ def thumbnails(
     t -= t.mean(1, keepdims=True)
     return np.where(t.std(1, keepdims=True) < _FLAT, 0, t/np.linalg.norm(t, axis=1, keepdims=True).clip(1e-6))
 
+# %% ../nbs/foundation/10_data.ipynb #530edb61
 def near_duplicates(
     *splits:Split, # looked at together
     threshold:float=.98 # correlation of thumbnails

@@ -313,8 +313,6 @@ def test_a_limit_of_the_system_stops_the_writing(server, tmp_path):
 # ── processes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 CLIENT = '''
 import signal, sys
-from unittest.mock import MagicMock
-sys.modules['torch'] = MagicMock()   # seconds to import, and nothing here needs it
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pcam_tp.download import fetch
 print('ready', flush=True)
