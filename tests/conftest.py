@@ -11,8 +11,10 @@ from run import notebooks
 
 NOTEBOOKS = notebooks()   # {name: path}
 CUDA = 'tests/test_cuda.py'
-# Longest first, so that no worker ends long after the other; what trains a network that others wait for, before them.
-LONG = ('test_notebook[02', 'test_training', 'test_models', 'test_methods', 'test_notebook[16', 'test_notebook[08', 'test_notebook[07')
+# The networks that most notebooks wait for, meanwhile what does without them; then the longest, so that no worker ends late.
+FIRST = ('test_notebooks.py::test_notebook[02', 'test_explainers[', 'test_training.py', 'test_models.py', 'test_methods.py',
+         'test_notebook[08', 'test_notebook[07', 'test_notebook[06', 'test_notebook[02', 'test_notebook[04', 'test_notebook[0',
+         'test_notebook[1', 'test_wheel.py')
 os.environ.update(PCAM_TP_SOURCE='synthetic', PCAM_TP_BUDGET='quick')   # whatever the shell says: tests use the embedded data
 os.environ.pop('PCAM_TP_HOME', None)
 # this checkout, in every process
@@ -54,7 +56,8 @@ def _live_on(device):
             ours = Path(sys._getframe(1).f_code.co_filename).parent == TESTS
             return out.to(device) if ours and 'device' not in kwargs else out
         return made
-    for name in ('rand', 'randn', 'randint', 'zeros', 'ones', 'full', 'eye', 'arange', 'linspace', 'tensor', 'as_tensor', 'from_numpy'):
+    for name in ('rand', 'randn', 'randint', 'zeros', 'ones', 'full', 'eye', 'arange', 'linspace', 'tensor', 'as_tensor',
+                 'from_numpy'):
         setattr(torch, name, moving(getattr(torch, name)))
     init = Classifier.__init__
     def __init__(self, *args, **kwargs):
@@ -64,7 +67,7 @@ def _live_on(device):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: next((i for i, part in enumerate(LONG) if part in item.nodeid), len(LONG)))
+    items.sort(key=lambda item: next((i for i, part in enumerate(FIRST) if part in item.nodeid), len(FIRST)))
 
 
 @pytest.hookimpl(trylast=True)

@@ -275,6 +275,7 @@ def _terms(base, args, out):
     tensors = [a for a in args if isinstance(a, Tensor)]
     if base.startswith(INTO): return 8 if 'put' not in base or (len(args) > 3 and args[3]) else 1
     if base == 'convolution': return args[1][0].numel()
+    if base == 'native_batch_norm' and not args[5]: return 1      # in evaluation mode nothing is summed
     if base == 'convolution_backward': return args[2].numel() // args[2].shape[1]
     if base == 'max_pool2d_with_indices_backward': return 4 if list(args[2]) != list(args[3] or args[2]) else 1
     if base in ('addmm', 'baddbmm', 'addmv'): return tensors[1].shape[-1]
