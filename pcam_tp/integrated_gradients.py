@@ -9,54 +9,57 @@ __all__ = ['PATH_RULES', 'path_rule', 'integrated_gradients']
 import numpy as np
 import torch
 
-from .models import Classifier
-from .passes import answer
+from .questions import explainer
 
 # %% ../nbs/06_integrated_gradients.ipynb #4546fc77
 PATH_RULES = 'gausslegendre', 'midpoint'
+
+def _check_rule(n_steps, method):
+    if method not in PATH_RULES: raise ValueError(f'method {method!r}: expected one of {", ".join(PATH_RULES)}')
+    if isinstance(n_steps, bool) or not isinstance(n_steps, (int, np.integer)) or n_steps < 1:
+        raise ValueError(f'n_steps is {n_steps!r}: expected a whole number, at least 1')
 
 def path_rule(
     n_steps:int, # points on the path
     method:str='gausslegendre' # one of `PATH_RULES`
 ) -> tuple: # points in (0, 1) and weights that sum to 1, each (n_steps,) float64
-    "Where to take the gradient between baseline (0) and image (1), and how much each counts. Gauss–Legendre is exact to degree 2n − 1, the midpoint rule to degree 1."
-    if method not in PATH_RULES: raise ValueError(f'method {method!r}: expected one of {", ".join(PATH_RULES)}')
-    if isinstance(n_steps, bool) or not isinstance(n_steps, (int, np.integer)) or n_steps < 1: raise ValueError(f'n_steps is {n_steps!r}: expected a whole number, at least 1')
+    """Where to take the gradient between baseline (0) and image (1), and how much each counts.
+    Gauss–Legendre is exact to degree 2n − 1, the midpoint rule to degree 1."""
+    _check_rule(n_steps, method)
     if method == 'midpoint': return (np.arange(n_steps) + .5)/n_steps, np.full(n_steps, 1/n_steps)
     points, weights = np.polynomial.legendre.leggauss(n_steps)
     return (points + 1)/2, weights/2
 
 # %% ../nbs/06_integrated_gradients.ipynb #ede38eb9
-def integrated_gradients(
-    model:Classifier,
-    x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
-    target=None, # class per image, one class, or None: the predicted one
-    *, baseline='white', # where the path begins: a word or tensor of `passes.baseline`, or a list of them, whose maps are averaged
-    n_steps:int=50, # points on each path
-    method:str='gausslegendre', # 'gausslegendre' or 'midpoint'
-    score:str='log_odds', # what is explained: see `class_score`
-    precision:str='fp32', # see `autocast`
-    batch_size:int=32, # images in one pass
-    seed:int=0, # of a 'noise' baseline; the j-th of a list takes seed + j
-    details:bool=False # also 'delta', 'score', 'baseline_score' (N,) and 'attributions' (N, 3, H, W)
-): # maps (N, H, W) float32 on the model's device; with `details`, (maps, dict)
-    """Integrated gradients (Sundararajan et al. 2017), summed over channels: signed, positive speaks for the target; in units of the score.
-    A map adds up to score − baseline_score + delta; delta is the error of the rule. Raises `ValueError` for what does not fit."""
-    points, weights = path_rule(n_steps, method)
-    kinds = list(baseline) if isinstance(baseline, (list, tuple)) else [baseline]
-    if not kinds: raise ValueError('baseline is an empty list: expected at least one word or tensor')
-    def explain(q): return _along_paths(q, torch.stack([q.baseline(k, seed + j) for j, k in enumerate(kinds)]), points, weights, details)
-    return answer(explain, model, x, target, score, precision, batch_size, details, passes=len(kinds)*(n_steps + details) + details)
+def _several(baseline): return list(baseline) if isinstance(baseline, (list, tuple)) else [baseline]
+
+def _path_passes(n_steps, method, details, baseline='white', **_):
+    _check_rule(n_steps, method)
+    return len(_several(baseline))*(n_steps + details) + details
 
 # %% ../nbs/06_integrated_gradients.ipynb #971fab44
-def _along_paths(q, begin, points, weights, details):
-    "Maps and details of a `Question` for paths from `begin` (B, b, 3, H, W)."
-    n, n_paths = len(points), len(begin)
-    a, w = (torch.tensor(v, dtype=torch.float32, device=q.device).view(-1, 1, 1, 1) for v in (points, weights/n_paths))
-    def make(i, j): return torch.lerp(begin[j//n, i], q.x[i], a[j % n])
-    def each(g, i, j): return (q.x[i] - begin[j//n, i]).mul_(w[j % n]).mul_(g)
-    attributions = q.gradients(make, n*n_paths, each)
-    if not details: return attributions.sum(1), {}
-    score, first = q.scores()[:, 0], q.scores(lambda i, j: begin[j, i], n_paths).mean(1)
+@explainer(signed=True, source='Sundararajan et al. 2017', passes=_path_passes)
+def integrated_gradients(q,
+    *, n_steps:int=50, # points on each path
+    method:str='gausslegendre', # 'gausslegendre' or 'midpoint'
+    details=False
+):
+    """Integrated gradients (Sundararajan et al. 2017), summed over channels, in units of the score. Signed: positive speaks for the target.
+    `baseline` is where the path begins; a list of several gives the mean of their maps, and its j-th 'noise' takes seed + j.
+    A map adds up to score − baseline_score + delta, where delta is the error of the rule.
+    `details`: 'delta', 'score', 'baseline_score' (N,) and 'attributions' (N, 3, H, W)."""
+    points, weights = path_rule(n_steps, method)
+    if not (kinds := _several(q.hides)): raise ValueError('baseline is an empty list: expected at least one word or tensor')
+    begin = torch.stack([q.baseline(k, q.seed + j) for j, k in enumerate(kinds)])   # (B, n, 3, H, W)
+    column = lambda v: torch.tensor(v, dtype=torch.float32, device=q.device).view(-1, 1, 1, 1)
+    a, w = column(points), column(weights/len(kinds))
+    def make(i, j): return torch.lerp(begin[j//n_steps, i], q.x[i], a[j % n_steps])
+    def each(g, i, j): return (q.x[i] - begin[j//n_steps, i]).mul_(w[j % n_steps]).mul_(g)
+    attributions = q.gradients(make, n_steps*len(kinds), each)
+    return attributions.sum(1), _account(q, begin, attributions) if details else {}
+
+def _account(q, begin, attributions):
+    "What the map adds up to."
+    score, first = q.scores()[:, 0], q.scores(lambda i, j: begin[j, i], len(begin)).mean(1)
     delta = attributions.double().sum((1, 2, 3)).float() - (score - first)
-    return attributions.sum(1), dict(delta=delta, score=score, baseline_score=first, attributions=attributions)
+    return dict(delta=delta, score=score, baseline_score=first, attributions=attributions)

@@ -331,8 +331,8 @@ def answers(
         if e.fits is not None: e.fits(model)
     own = next(iter(explainers.values())).options if len(explainers) == 1 else []
     _known(' and '.join(explainers), options, [*own, 'score', 'baseline', 'precision', 'batch_size', 'seed'])
-    mine = {k: options.pop(k) for k in own if k in options}
     if isinstance(options.get('baseline'), str): _check_word(options['baseline'])
+    mine = {k: options.pop(k) for k in [*own, *['baseline']*(len(explainers) == 1)] if k in options}   # wins over `using`
     asked, parts = questions(model, x, target, **options), {name: [] for name in explainers}
     total = sum(e.passes(tuple(x.shape[2:]), details, **mine) for e in explainers.values())*len(x)
     with torch.inference_mode(False), progress(total=total, desc='explaining', unit='pass', disable=total <= 0) as bar:
