@@ -1,4 +1,4 @@
-"What every explainer owes, whatever it does inside: outputs, ranges, targets, crops, threads, layouts and baselines of other people."
+"What every explainer owes: the outputs, ranges, targets, crops, threads, layouts and baselines of other people."
 import threading
 import warnings
 
@@ -49,7 +49,7 @@ def test_windows_that_do_not_align_with_a_crop():
 @every
 @pytest.mark.parametrize('squeezed', [False, True])
 def test_one_logit(method, squeezed):
-    "The map of one class is minus that of the other, whether the last axis is there or not, and in a last batch of one."
+    "The map of one class is minus that of the other, with or without a last axis, and in a last batch of one."
     net = small_cnn(n_classes=1, width=.1)
     if squeezed: net = nn.Sequential(net, nn.Flatten(0))
     one, other = (method(Classifier(net), X[:3], c, batch_size=2) for c in (1, 0))
@@ -85,14 +85,15 @@ def test_images_of_other_types(method, model):
 
 
 @every
-@pytest.mark.parametrize('wrong', [255*X, (X - .5)/.25, torch.full_like(X, torch.nan)], ids=['255', 'normalised', 'nan'])
+@pytest.mark.parametrize('wrong', [255*X, 4*X - 2, X/X*torch.nan], ids=['255', 'normalised', 'nan'])
 def test_values_that_are_no_images(method, model, wrong):
     with pytest.raises(ValueError, match=r'in \[0, 1\]'): method(model, wrong, 1)
 
 
 @every
 @pytest.mark.parametrize('target, said', [
-    ([0, 1], 'each of the 4 images'), ([.9, .8, .1, .2], 'whole numbers'), (1.7, 'whole numbers'), (2, 'classes 0 to 1')])
+    ([0, 1], 'each of the 4 images'), ([.9, .8, .1, .2], 'whole numbers'), (1.7, 'whole numbers'),
+    (2, 'classes 0 to 1')])
 def test_targets_that_do_not_fit(method, model, target, said):
     with pytest.raises(ValueError, match=said): method(model, X, target, batch_size=2)
 
@@ -107,7 +108,8 @@ def test_threads_with_one_network_in_training_mode(method, training):
     for t in threads: t.join()
     assert len(found) == 24
     for maps in found: assert_close(maps, expected, **NEAR)
-    assert all(torch.equal(v, state[k]) for k, v in training.state_dict().items()) and all(m.training for m in training.modules())
+    assert all(torch.equal(v, state[k]) for k, v in training.state_dict().items())
+    assert all(m.training for m in training.modules())
 
 
 class Views(nn.Module):
@@ -129,7 +131,8 @@ def test_a_network_that_flattens_with_view(method):
 
 @every
 @pytest.mark.parametrize('given, same', [
-    (0, 'black'), (1., 'white'), (np.float32(0), 'black'), (np.ones(3), 'white'), (X[1].numpy(), X[1]), (X.flip(0).numpy(), X.flip(0))],
+    (0, 'black'), (1., 'white'), (np.float32(0), 'black'), (np.ones(3), 'white'), (X[1].numpy(), X[1]),
+    (X.flip(0).numpy(), X.flip(0))],
     ids=['0', '1.0', 'scalar', 'colour', 'image', 'images'])
 def test_numbers_and_arrays_as_baseline(method, model, given, same):
     assert_close(method(model, X, 1, baseline=given, batch_size=3), method(model, X, 1, baseline=same), **NEAR)
@@ -171,8 +174,9 @@ def test_a_default_type_that_somebody_changed(method, model):
 def test_nothing_is_left_behind(method, training):
     training.net[0].requires_grad_(False); training.net[1].eval()
     hooks = lambda: [len(m._forward_hooks) + len(m._backward_hooks) for m in training.modules()]
-    state = lambda: ([m.training for m in training.modules()], [(p.requires_grad, p.grad, p._version) for p in training.parameters()],
-                     [b._version for b in training.buffers()], hooks(), X.requires_grad, X._version)
+    parameters = lambda: [(p.requires_grad, p.grad, p._version) for p in training.parameters()]
+    state = lambda: ([m.training for m in training.modules()], parameters(), [b._version for b in training.buffers()],
+                     hooks(), X.requires_grad, X._version)
     before = state()
     with warnings.catch_warnings():
         warnings.simplefilter('error')

@@ -1,11 +1,13 @@
-"What 06_integrated_gradients cannot show in a second: every kind of network, many classes, odd shapes, baselines of every form."
+"What 06_integrated_gradients cannot show in a second: many networks, classes and shapes, baselines of every form."
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from pcam_tp.classifier import Classifier, class_score, predict
 from pcam_tp.integrated_gradients import PATH_RULES, integrated_gradients, path_rule
-from pcam_tp.models import Classifier, build, class_score, predict
-from pcam_tp.passes import baseline
+from pcam_tp.models import build
+from pcam_tp.questions import baseline
 
 SOME = torch.Generator().manual_seed(0)
 X = torch.rand(3, 3, 96, 96, generator=SOME)
@@ -24,10 +26,12 @@ def adds_up(model, x, maps, info, target, baselines=('white',), share=.1):
     "The details are what the model says, and the map adds up to them."
     score = lambda v: class_score(predict(model, v), target)
     torch.testing.assert_close(info['score'], score(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(info['baseline_score'], torch.stack([score(baseline(x, b)) for b in baselines]).mean(0), rtol=1e-4, atol=1e-5)
+    first = torch.stack([score(baseline(x, b)) for b in baselines]).mean(0)
+    torch.testing.assert_close(info['baseline_score'], first, rtol=1e-4, atol=1e-5)
     total = maps.sum((1, 2)) - info['delta']
     torch.testing.assert_close(total, info['score'] - info['baseline_score'], rtol=1e-3, atol=1e-4)
-    if share: assert (info['delta'].abs() <= share*(info['score'] - info['baseline_score']).abs() + 1e-3).all(), info['delta']
+    difference = (info['score'] - info['baseline_score']).abs()
+    if share: assert (info['delta'].abs() <= share*difference + 1e-3).all(), info['delta']
 
 
 @pytest.mark.parametrize('name', ['vit_b_16', 'inception_v3', 'resnet18'])
@@ -35,7 +39,8 @@ def test_networks(name):
     model, x = settled(build(name)), X[:1]
     maps, info = integrated_gradients(model, x, 1, n_steps=2, details=True, batch_size=2)
     assert maps.shape == (1, 96, 96) and maps.dtype == torch.float32 and maps.isfinite().all() and maps.abs().max() > 0
-    adds_up(model, x, maps, info, torch.ones(1, dtype=torch.long), share=None)   # two steps of an untrained network promise nothing
+    one = torch.ones(1, dtype=torch.long)
+    adds_up(model, x, maps, info, one, share=None)   # two steps of an untrained network promise nothing
 
 
 @pytest.mark.parametrize('shape', [(72, 101), (40, 33)])
@@ -50,7 +55,7 @@ def test_classes_and_shapes(shape, k):
 
 
 def test_every_form_of_baseline():
-    "Words, a colour, an image, images, and lists of them, whatever the groups of images; the noise of an image is that of its neighbours."
+    "Words, a colour, an image, images, and lists of them, in any groups; noise is the same for all images."
     model, target = build('small_cnn', width=.1), torch.tensor([1, 0, 1])
     others = torch.rand(3, 3, 96, 96, generator=SOME)
     kinds = ['black', 'blur', 'mean', torch.tensor([.7, .5, .7]), others[0], others[:1], others]
@@ -63,7 +68,8 @@ def test_every_form_of_baseline():
     for n in range(3):
         alone = integrated_gradients(model, X[n:n + 1], target[n:n + 1], baseline=others[n:n + 1], **options)
         torch.testing.assert_close(single[-1][n:n + 1], alone, rtol=1e-4, atol=1e-6)
-    noise = [integrated_gradients(model, X[i:], 1, baseline='noise', seed=s, **options)[-1] for i, s in ((0, 3), (2, 3), (2, 4))]
+    last = lambda i, seed: integrated_gradients(model, X[i:], 1, baseline='noise', seed=seed, **options)[-1]
+    noise = [last(0, 3), last(2, 3), last(2, 4)]
     torch.testing.assert_close(noise[0], noise[1], rtol=1e-4, atol=1e-6)
     assert (noise[1] - noise[2]).abs().max() > 1e-5
 
@@ -78,8 +84,10 @@ def test_a_baseline_with_a_graph_or_from_inference_mode():
     model = build('small_cnn', width=.1)
     plain = X[1].clone()
     with torch.inference_mode(): inference = X[1].clone()
-    maps = [integrated_gradients(model, X[:1], 1, baseline=b, n_steps=2) for b in (plain, plain.clone().requires_grad_(), inference)]
-    assert torch.equal(maps[0], maps[1]) and torch.equal(maps[0], maps[2]) and not maps[1].requires_grad
+    kinds = plain, plain.clone().requires_grad_(), inference
+    maps = [integrated_gradients(model, X[:1], 1, baseline=b, n_steps=2) for b in kinds]
+    for m in maps[1:]: torch.testing.assert_close(m, maps[0], rtol=1e-4, atol=1e-6)
+    assert not maps[1].requires_grad
 
 
 def test_crop_and_resize():
@@ -110,8 +118,29 @@ def test_rules(n):
 
 
 @pytest.mark.parametrize('options, says', [
-    (dict(baseline=torch.rand(2, 3, 96, 96)), 'each of the 3 images'), (dict(baseline=[.7, .5, .7]), 'expected one of'), (dict(baseline=()), 'empty'),
-    (dict(n_steps=True), 'n_steps is True'), (dict(n_steps=-1), 'n_steps is -1'), (dict(method='left'), 'midpoint'), (dict(score='loss'), 'log_odds')])
+    (dict(baseline=['white', torch.rand(2, 3, 96, 96)]), 'each of the 3 images'),
+    (dict(baseline=['grey']), 'expected one of'),
+    (dict(baseline=()), 'empty'), (dict(n_steps=True), 'n_steps is True'), (dict(n_steps='50'), "n_steps is '50'"),
+    (dict(n_steps=-1), 'n_steps is -1'), (dict(method='left'), 'midpoint'), (dict(score='loss'), 'log_odds')])
 def test_bad_input(options, says):
     with pytest.raises(ValueError, match=says): integrated_gradients(build('small_cnn', width=.1), X, **options)
-    with pytest.raises(ValueError, match='float'): integrated_gradients(build('small_cnn', width=.1), (255*X).byte())
+
+
+def test_a_list_of_numbers_and_arrays():
+    "One number is one baseline; three numbers in a list are three, and a colour is an array."
+    model = build('small_cnn', width=.1)
+    maps = lambda b: integrated_gradients(model, X, 1, baseline=b, n_steps=2)
+    torch.testing.assert_close(maps([0, np.ones(3), 'blur']), maps(['black', 'white', 'blur']), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(maps([0, 1]), (maps(0) + maps(1))/2, rtol=1e-4, atol=1e-6)
+
+
+def test_passes_of_lists_and_details():
+    model, seen = build('small_cnn', width=.1), []
+    model.seen = bool(model(X[:1]).any())   # a network that was never asked is asked for one image first
+    model.net.register_forward_hook(lambda m, i, out: seen.append(len(out)))
+    for method in (integrated_gradients, integrated_gradients.using(baseline=['white', 'blur'])):
+        several = dict(n_steps=2, baseline=['black', 'noise', 0])
+        for options in (dict(n_steps=3), dict(n_steps=2, details=True), several):
+            method(model, X, 1, **options)
+            assert sum(seen) == 3*method.passes((96, 96), **options)
+            seen.clear()

@@ -1,11 +1,13 @@
-"What is too heavy or too odd for 05_occlusion: large architectures, many classes, odd shapes, somebody's autocast, how many passes are made."
+"What is too heavy or too odd for 05_occlusion: large networks, many classes, odd shapes, somebody's autocast, masks."
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from pcam_tp.models import Classifier, build, class_score, evaluating
-from pcam_tp.occlusion import occlusion, paint_windows, window_starts
-from pcam_tp.passes import baseline
+from pcam_tp.classifier import Classifier, class_score, evaluating
+from pcam_tp.models import build, small_cnn
+from pcam_tp.occlusion import _RandomMasks, occlusion, paint_windows, rise, window_starts
+from pcam_tp.questions import baseline
 
 X = torch.rand(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 close = lambda a, b, tol=1e-5: torch.testing.assert_close(a, b, rtol=tol, atol=tol*float(b.abs().max()))
@@ -31,8 +33,9 @@ def by_hand(model, x, target, window, stride, kind, score='log_odds'):
 def test_every_kind_of_network(name):
     model = build(name, n_classes=3)
     maps, info = occlusion(model, X[:1], window=48, stride=48, details=True)
-    assert maps.shape == (1, 96, 96) and maps.dtype == torch.float32 and maps.isfinite().all() and maps.any() and info['drops'].shape == (1, 2, 2)
-    close(maps, by_hand(model, X[:1], info['target'], (48, 48), 48, 'mean'), 1e-3)
+    assert maps.shape == (1, 96, 96) and maps.dtype == torch.float32 and maps.isfinite().all() and maps.any()
+    assert info['drops'].shape == (1, 2, 2)
+    close(maps, by_hand(model, X[:1], info['target'], (48, 48), 48, 'white'), 1e-3)
     assert all(m.training for m in model.modules()) and all(p.grad is None for p in model.parameters())
 
 
@@ -42,31 +45,28 @@ def test_odd_shapes_and_many_classes(kind, score):
     "Neither side, nor window, nor stride, nor the number of classes divides anything."
     model, x = build('small_cnn', n_classes=5, width=.1), X[..., :80, :75]
     options = dict(window=(30, 33), stride=(17, 20), baseline=kind, score=score)
-    close(occlusion(model, x, [4, 0, 2], batch_size=7, **options), by_hand(model, x, torch.tensor([4, 0, 2]), (30, 33), (17, 20), kind, score), 1e-3)
+    expected = by_hand(model, x, torch.tensor([4, 0, 2]), (30, 33), (17, 20), kind, score)
+    close(occlusion(model, x, [4, 0, 2], batch_size=7, **options), expected, 1e-3)
 
 
 def test_a_map_does_not_depend_on_its_batch():
     model, x = build('small_cnn', width=.1), torch.cat([X, X.flip(3)])[..., :80, :]
     for kind in ('noise', 'mean', x.flip(0)):
         one = lambda i: kind[i:i + 1] if torch.is_tensor(kind) else kind
-        alone = torch.cat([occlusion(model, x[i:i + 1], 1, window=32, stride=16, baseline=one(i), seed=3) for i in range(len(x))])
-        for size in (1, 4, 100): close(occlusion(model, x, 1, window=32, stride=16, baseline=kind, seed=3, batch_size=size), alone, 1e-3)
+        options = dict(window=32, stride=16, seed=3)
+        alone = torch.cat([occlusion(model, x[i:i + 1], 1, baseline=one(i), **options) for i in range(len(x))])
+        for size in (1, 4, 100): close(occlusion(model, x, 1, baseline=kind, batch_size=size, **options), alone, 1e-3)
 
 
-def test_passes_and_memory():
-    "One pass for each window and one for the image, in batches of at most `batch_size`."
-    model, seen = build('small_cnn', width=.1), []
-    model.register_forward_hook(lambda m, i, out: seen.append(len(out)))
-    occlusion(model, X, 1, window=16, stride=8, batch_size=10)
-    assert max(seen) == 10 and sum(seen) == 3*122 + 1   # one image tells the number of classes
-
-
-def test_somebody_elses_autocast():
+@pytest.mark.parametrize('name', ['occlusion', 'rise'])
+def test_somebody_elses_autocast(name):
     "Drops and painting stay in 32 bits; the network too, unless asked."
     model = build('small_cnn', width=.1)
-    plain, half = occlusion(model, X, 1, window=32, stride=16), occlusion(model, X, 1, window=32, stride=16, precision='bf16')
-    with torch.autocast('cpu', torch.bfloat16): close(occlusion(model, X, 1, window=32, stride=16), plain)
-    assert half.dtype == torch.float32 and not torch.equal(half, plain) and (half - plain).abs().max() < .2*plain.abs().max() + 1e-2
+    method = dict(occlusion=occlusion.using(window=32, stride=16), rise=rise.using(n_masks=30))[name]
+    plain, half = method(model, X, 1), method(model, X, 1, precision='bf16')
+    with torch.autocast('cpu', torch.bfloat16): close(method(model, X, 1), plain)
+    assert half.dtype == torch.float32 and not torch.equal(half, plain)
+    assert (half - plain).abs().max() < .2*plain.abs().max() + 1e-2
 
 
 def test_painting_is_exact_for_equal_values():
@@ -75,18 +75,37 @@ def test_painting_is_exact_for_equal_values():
         close(paint_windows(torch.ones(2, r, c), shape, window, stride), torch.ones(2, *shape), 1e-6)
 
 
-def test_nothing_is_learnt_from_the_pixels_that_a_crop_leaves_out():
-    model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 2)), crop=32)
-    m = occlusion(model, X, 1, window=8, stride=4)
-    outside = torch.ones(96, 96, dtype=torch.bool)
-    outside[28:68, 28:68] = False   # windows that begin at 28 reach row 35
-    assert (m[:, outside] == 0).all() and m.any()
+@pytest.mark.parametrize('cells', [1, 6, 7, 100])
+@pytest.mark.parametrize('shape', [(96, 96), (50, 75), (224, 224)])
+def test_masks_are_the_published_ones(cells, shape):
+    "A stretched grid, cut out at its shift; one cell, cells that do not divide the side, cells of one pixel."
+    masks = _RandomMasks(20, cells, .3, shape, 5, 'cpu')
+    sides = [(cells + 1)*(-(-n//cells)) for n in shape]
+    full = F.interpolate(masks.grids[:, None], sides, mode='bilinear', align_corners=False)[:, 0]
+    cut = torch.stack([m[a:a + shape[0], b:b + shape[1]] for m, a, b in zip(full, *(s.tolist() for s in masks.shifts))])
+    torch.testing.assert_close(masks[torch.arange(20)], cut, rtol=0, atol=1e-6)
+    torch.testing.assert_close(masks[torch.tensor([11, 3])], cut[[11, 3]], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['white', 'blur', X.flip(0)])
+def test_rise_is_its_loop(kind):
+    "Each image by itself, mask by mask."
+    model, b, expected = build('small_cnn', n_classes=3, width=.1), baseline(X, kind), torch.zeros(3, 96, 96)
+    masks = _RandomMasks(40, 4, .4, (96, 96), 2, 'cpu')[torch.arange(40)]
+    with evaluating(model), torch.no_grad():
+        for n in range(3):
+            z = torch.stack([model((X[n]*m + b[n]*(1 - m))[None])[0] for m in masks])
+            s = class_score(z, torch.full((40,), n))
+            for v, m in zip(s, masks): expected[n] += (v - s.mean())*m/(40*.4)
+    found = rise(model, X, [0, 1, 2], n_masks=40, cells=4, p=.4, baseline=kind, seed=2, batch_size=7)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('options, said', [
-    (dict(window=(16, 97)), r'window is \(16, 97\)'), (dict(window=8, stride=(8, 9)), 'never be hidden'), (dict(stride=0), 'stride is 0'), (dict(window='16'), "window is '16'"),
-    (dict(baseline='gray'), "baseline 'gray'"), (dict(baseline=torch.zeros(2)), 'baseline has shape'), (dict(baseline=X[:2]), 'each of the 3 images'),
-    (dict(score='odds'), 'score'), (dict(precision='int8'), 'precision'), (dict(batch_size=0), 'batch_size'), (dict(target=2), 'classes 0 to 1')])
+    (dict(window=(16, 97)), r'window is \(16, 97\)'), (dict(window=8, stride=(8, 9)), 'never be hidden'),
+    (dict(stride=0), 'stride is 0'), (dict(window='16'), "window is '16'"),
+    (dict(baseline=['white', 'black']), 'only integrated'),
+    (dict(score='odds'), 'score'), (dict(precision='int8'), 'precision'), (dict(batch_size=0), 'batch_size')])
 def test_errors_name_the_argument(options, said):
     with pytest.raises(ValueError, match=said): occlusion(build('small_cnn', width=.1), X, **options)
 
