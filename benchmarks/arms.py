@@ -176,16 +176,17 @@ def _cam_model(name):
 
 
 def _cam_ours(name):
-    from pcam_tp.cam import cams
+    from pcam_tp.cam import CAMS
+    from pcam_tp.questions import answers
     setup(verbose=False)
     model, x = _cam_model(name)
-    return seconds(lambda: cams(model, x, 1, score='logit'))
+    return seconds(lambda: answers(CAMS, model, x, 1, score='logit'))
 
 
 def _cam_library(name, batch):
     from pytorch_grad_cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    from pcam_tp.models import get_layer
+    from pcam_tp.classifier import get_layer
     model, x = _cam_model(name)
     model = model.to(memory_format=torch.contiguous_format)
     explainers = [C(model=model, target_layers=[get_layer(model, model.layers[-1])]) for C in (GradCAM, HiResCAM, GradCAMPlusPlus, LayerCAM)]

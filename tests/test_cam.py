@@ -140,8 +140,11 @@ def test_one_pass_for_all():
 @pytest.mark.filterwarnings('ignore:.*torch.jit.script:FutureWarning')
 @each_cam
 def test_layers_that_cannot_be_explained(f):
-    net = small_cnn(width=.1)
+    net, passes = small_cnn(width=.1), []
+    hook = net.register_forward_hook(lambda m, i, out: passes.append(len(out)))
     with pytest.raises(ValueError, match='its last convolutions are conv2.0, conv3.0, conv4.0'): f(Classifier(net), X)
+    assert not passes, 'before anything is computed'
+    hook.remove()
     assert f(Classifier(net), X, layer='conv4').shape == f(Classifier(net, layers='conv4'), X).shape == (3, 48, 64)
     for layer in ('conv9', ('conv4', 'conv9'), 'head.9'):
         with pytest.raises(ValueError, match='not in this model; try one of'): f(Classifier(net, layers='conv4'), X, layer=layer)
