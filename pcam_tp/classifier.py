@@ -340,9 +340,10 @@ def layer_output(
 def copied(
     model:nn.Module
 ) -> nn.Module: # nothing in common with the model
-    "A deep copy; tensors that a forward pass left behind are detached."
-    left = [v for m in model.modules() for v in vars(m).values() if torch.is_tensor(v) and not v.is_leaf]
-    return copy.deepcopy(model, {id(v): v.detach().clone() for v in left})
+    "A deep copy; tensors that a forward pass left behind are detached. Waits for threads that explain with the model."
+    with _lock(model):   # or their hooks would be copied
+        left = [v for m in model.modules() for v in vars(m).values() if torch.is_tensor(v) and not v.is_leaf]
+        return copy.deepcopy(model, {id(v): v.detach().clone() for v in left})
 
 # %% ../nbs/foundation/11_classifier.ipynb #b4575a3a
 @patch

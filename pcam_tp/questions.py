@@ -110,10 +110,11 @@ def _check(model, x, score, precision, batch_size):
 @patch
 def batches(self:Question,
     k:int, # variants of each image
-    work:Callable # called as `work(i, j)` with image and variant numbers (b,); may be called again for the same pairs
+    work:Callable, # called as `work(i, j)` with image and variant numbers (b,); may be called again for the same pairs
+    rows:slice=slice(None) # of these images
 ):
     "Every pair (i, j) once, image by image, in full batches; half as large where memory runs out."
-    start, n = 0, len(self.x)*k
+    start, n = (v*k for v in rows.indices(len(self.x))[:2])
     while start < n:
         p = torch.arange(start, min(start + self.batch_size, n), device=self.device)
         try: work(p//k, p % k)
@@ -133,11 +134,12 @@ def ask(self:Question, images, i):
 
 # %% ../nbs/foundation/12_questions.ipynb #2ce57f33
 @patch
-def scores(self:Question, make=None, k=1):
-    "Scores (n, k) of the k variants `make(i, j)` of every image; of the images themselves, (n, 1), without `make`."
-    out = torch.empty(len(self.x), k, dtype=torch.float32, device=self.device)
-    def work(i, j): out[i, j] = self.ask(make(i, j) if make else self.x[i], i)
-    with torch.inference_mode(False), torch.no_grad(), evaluating(self.model): self.batches(k, work)
+def scores(self:Question, make=None, k=1, rows=slice(None)):
+    "Scores (n, k) of the k variants `make(i, j)` of every image, or of `rows`; without `make`, (n, 1) of the images."
+    first, n = rows.indices(len(self.x))[0], len(self.x[rows])
+    out = torch.empty(n, k, dtype=torch.float32, device=self.device)
+    def work(i, j): out[i - first, j] = self.ask(make(i, j) if make else self.x[i], i)
+    with torch.inference_mode(False), torch.no_grad(), evaluating(self.model): self.batches(k, work, rows)
     return out
 
 @patch
@@ -266,7 +268,7 @@ COMMON = """
 def explainer(
     *, signed, # do maps have values against the class? A bool, or a function of own options
     source:str, # paper and year
-    passes=1, # images through the network for each image: a number, or a function of `shape`, `details`, own options
+    passes=1, # images through the network for each image: a number, None, or a function of `shape`, `details`, options
     backward:bool=True, # does it need gradients?
     fits:Callable=lambda model, **_: None # called with the model and own options; `ValueError` where it cannot work
 ):
@@ -302,6 +304,7 @@ def _public(f, facts, changed):
         "Raise `ValueError` where the method cannot work on the model, with these options."
         facts.fits(model, **usual | options)
     face.on, face.using, face.passes, face.options = on, using, count, [k for k in own if k != 'details']
+    face.settings = usual   # the values of its options
     face.signed, face.source, face.backward, face.fits = facts.signed(**usual), facts.source, facts.backward, fits
     face.__signature__, face.__doc__ = _signature(own, usual), (f.__doc__ or '') + COMMON
     return face
@@ -348,7 +351,7 @@ def answers(
     check_model(model)
     for e in explainers.values(): e.fits(model, **mine)
     asked, parts = questions(model, x, target, **options), {name: [] for name in explainers}
-    total = sum(e.passes(tuple(x.shape[2:]), details, **mine) for e in explainers.values())*len(x)
+    total = sum(e.passes(tuple(x.shape[2:]), details, **mine) or 0 for e in explainers.values())*len(x)
     with torch.inference_mode(False), progress(total=total, desc='explaining', unit='pass', disable=total <= 0) as bar:
         for q in asked:
             q.bar = bar

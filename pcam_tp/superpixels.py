@@ -7,16 +7,15 @@ __all__ = ['SEGMENTATIONS', 'segments', 'paint', 'cosine_kernel', 'weighted_ridg
 
 # %% ../nbs/07_lime.ipynb #02509cfc
 import inspect
-from copy import copy
+from functools import partial
 
 import numpy as np
 import torch
 from scipy.special import comb
 from skimage.segmentation import felzenszwalb, quickshift, slic
 
-from .models import Classifier
-from .passes import answer
 from .plots import as_images
+from .questions import explainer
 
 # %% ../nbs/07_lime.ipynb #e98cec1e
 SEGMENTATIONS = {
@@ -31,7 +30,8 @@ def segments(
     **options # of scikit-image's function, instead of ours for 96-pixel patches
 ) -> torch.Tensor: # (N, H, W) int64 on the processor: 0 to S−1 without gaps, S differs between images
     "Superpixels of images in pixel space. Raises `ValueError` for normalised images, an unknown method or option."
-    if method not in SEGMENTATIONS: raise ValueError(f'segmentation {method!r}: expected one of {", ".join(SEGMENTATIONS)}')
+    if method not in SEGMENTATIONS:
+        raise ValueError(f'segmentation {method!r}: expected one of {", ".join(SEGMENTATIONS)}')
     f, usual = SEGMENTATIONS[method]
     possible = list(inspect.signature(f).parameters)[1:]
     unknown = [o for o in options if o not in possible]
@@ -46,10 +46,12 @@ def paint(
     labels:torch.Tensor # superpixels (N, H, W), see `segments`
 ) -> torch.Tensor: # maps (N, H, W) float32
     "Give every pixel the weight of its superpixel. Raises `ValueError` where there are fewer weights than superpixels."
-    weights, wanted = [torch.as_tensor(w).float() for w in weights], labels.flatten(1).amax(1) + 1
-    if len(weights) != len(labels): raise ValueError(f'weights of {len(weights)} images for labels of {len(labels)}: pass one for each')
-    short = [i for i, (w, s) in enumerate(zip(weights, wanted)) if w.ndim != 1 or len(w) < s]
-    if short: raise ValueError(f'weights[{short[0]}] has shape {tuple(weights[short[0]].shape)}: expected ({int(wanted[short[0]])},), one per superpixel')
+    weights, wanted = [torch.as_tensor(w).float() for w in weights], labels.flatten(1).amax(1).cpu() + 1
+    if len(weights) != len(labels):
+        raise ValueError(f'weights of {len(weights)} images for labels of {len(labels)}: pass one for each')
+    for i, (w, s) in enumerate(zip(weights, wanted.tolist())):
+        if w.ndim != 1 or len(w) < s:
+            raise ValueError(f'weights[{i}] has shape {tuple(w.shape)}: expected ({s},), one per superpixel')
     return torch.stack([w.to(l.device)[l] for w, l in zip(weights, labels)])
 
 # %% ../nbs/07_lime.ipynb #e7ede909
@@ -57,7 +59,7 @@ def cosine_kernel(
     masks, # (n, S), 1 = visible
     width:float=.25
 ) -> np.ndarray: # (n,) in (0, 1]
-    "LIME's weight of each mask: √exp(−d²/width²), with the cosine distance d to the mask that shows everything; that one has the largest, 1."
+    "LIME's weight of each mask: √exp(−d²/width²), d the cosine distance to the mask that shows all, which weighs 1."
     d = 1 - np.sqrt(np.asarray(masks, dtype=float).mean(1))
     return np.sqrt(np.exp(-d**2/width**2))
 
@@ -68,7 +70,7 @@ def weighted_ridge(
     w, # (n,) weights of the rows
     alpha:float=1. # of the penalty, which spares the intercept
 ) -> tuple: # coefficients (S,), intercept, weighted R²
-    "Ridge regression: minimise Σ w·(y − b₀ − masks·b)² + alpha·‖b‖². R² is of the fitted rows, NaN where `y` does not vary."
+    "Ridge: minimise Σ w·(y − b₀ − masks·b)² + alpha·‖b‖². R² is of the fitted rows, NaN where `y` does not vary."
     Z, y, w = (np.asarray(v, dtype=float) for v in (masks, y, w))
     z0, y0 = w @ Z/w.sum(), w @ y/w.sum()
     Zc, yc = Z - z0, y - y0
@@ -87,7 +89,8 @@ def lime_masks(
     n:int, # masks
     seed:int=0
 ) -> np.ndarray: # (n, S) bool, the first all visible
-    "LIME's masks, a coin for each superpixel, in the very order in which the library lime draws them (it draws a number for its segmentation first)."
+    """LIME's masks, a coin for each superpixel, in the very order in which the library lime draws them
+    (it draws a number for its segmentation first)."""
     rng = np.random.RandomState(seed)
     rng.randint(0, high=1000)
     masks = rng.randint(0, 2, n*S).reshape(n, S).astype(bool)
@@ -95,81 +98,93 @@ def lime_masks(
     return masks
 
 # %% ../nbs/07_lime.ipynb #80ee753f
-def _scores_of(q, labels, hidden, masks):
-    "Scores (n,) of one image under masks (n, S), and the number of passes: equal masks are asked once."
-    first, back = np.unique(np.packbits(masks, axis=1), axis=0, return_index=True, return_inverse=True)[1:]
-    shown = torch.from_numpy(masks[first]).to(q.device)
-    make = lambda i, j: torch.where(shown[j][:, None, labels], q.x, hidden).contiguous(memory_format=torch.channels_last)
-    scores = q.scores(make, len(first))[0].cpu().double().numpy()
-    if q.bar is not None: q.bar.update(len(masks) - len(first))
-    return scores[back.reshape(-1)], len(first)
+def _ask(q, rows, labels, hidden, masks):
+    """Scores (n, k) on the device of the images `rows`, a slice, under their masks, an array (m, S) for each,
+    and per image where in k the answer to each mask lies: equal masks are asked once. No waiting for the device."""
+    at = [np.unique(np.packbits(m, axis=1), axis=0, return_index=True, return_inverse=True)[1:] for m in masks]
+    shown = np.zeros((len(masks), max(len(first) for first, _ in at), max(m.shape[1] for m in masks)), dtype=bool)
+    for s, m, (first, _) in zip(shown, masks, at): s[:len(first), :m.shape[1]] = m[first]
+    x, shape = q.x[rows], (-1, 1, *q.x.shape[2:])
+    shown, where = (torch.as_tensor(v).to(q.device, non_blocking=True) for v in (shown, labels.flatten(1)))
+    def make(i, j):
+        i = i - rows.start
+        own = lambda v: v if len(v) == 1 else v[i]
+        visible = shown[i, j].gather(1, own(where).expand(len(i), -1)).view(shape)
+        return torch.where(visible, own(x), own(hidden)).contiguous(memory_format=torch.channels_last)
+    return q.scores(make, shown.shape[1], rows), [back.reshape(-1) for _, back in at]
 
 def _mean_colours(x, labels):
     "Each superpixel in its mean colour, (n, 3, H, W)."
-    flat, pixels = labels.flatten(1), x.cpu().double().flatten(2)
-    means = [torch.zeros(3, int(l.max()) + 1, dtype=torch.double).index_add_(1, l, p)/l.bincount() for l, p in zip(flat, pixels)]
-    return torch.stack([m[:, l] for m, l in zip(means, labels)]).to(x)
-
-def _hidden(q, labels, hide, seed):
-    "What hides each pixel (n, 3, H, W): the mean colour of its superpixel, or a baseline."
-    if isinstance(hide, str) and hide == 'superpixel': return _mean_colours(q.x, labels)
-    try: return q.baseline(hide, seed)
-    except ValueError as e: raise ValueError(f"hide: 'superpixel', or a baseline; {e}") from None
+    def of(x, labels):
+        index, pixels = labels.flatten(), x.flatten(1).double()
+        sums = torch.zeros(3, int(labels.max()) + 1, dtype=torch.double).index_add_(1, index, pixels)
+        return (sums/index.bincount())[:, labels]
+    return torch.stack([of(*pair) for pair in zip(x.cpu(), labels)]).to(x)
 
 # %% ../nbs/07_lime.ipynb #196a65ab
-def _explain(model, x, target, segmentation, hide, fit, n_samples, seed, asked):
-    "Maps and details of `fit(ask, S)`, where `ask(masks)` gives the scores of masks of S superpixels."
-    def explain(q):
-        labels = segments(q.x, segmentation) if isinstance(segmentation, str) else _given(segmentation, x, q.group)
-        hidden = _hidden(q, labels, hide, seed)
-        found = [_one(q, i, l, h, fit) for i, (l, h) in enumerate(zip(labels, hidden))]
-        seen = model.to_pixels(torch.ones(1, 1, 1, device=q.device), x.shape[2:]) > 0   # False outside a crop
-        labels, more = labels.to(q.device), {k: [f[k] for f in found] for k in found[0]}
-        numbers = {k: torch.tensor(v, dtype=torch.long if k == 'passes' else torch.float, device=q.device) for k, v in more.items() if k != 'weights'}
-        weights = [torch.from_numpy(w).float().to(q.device) for w in more['weights']]
-        return paint(weights, labels)*seen, dict(weights=weights, segments=labels, **numbers)
-    return answer(explain, model, x, target, passes=n_samples, **asked)
+def _explain(q, segmentation, hide, n_samples, draw, fit):
+    "Maps and details of `fit(masks, scores)` with the masks `draw(S)` of S superpixels."
+    given, images = _given(q, segmentation), q.x.cpu()
+    behind, step, parts = q.baseline(), max(1, q.batch_size//n_samples), []
+    for i in range(0, len(q.x), step):
+        rows = slice(i, min(i + step, len(q.x)))
+        labels = segments(images[rows], segmentation) if given is None else given[rows]
+        hidden = _mean_colours(images[rows], labels).to(q.device, non_blocking=True) if hide else behind[rows]
+        masks = [draw(int(l.max()) + 1) for l in labels]
+        scores, back = _ask(q, rows, labels, hidden, masks)
+        if q.bar is not None: q.bar.update(len(labels)*(n_samples - scores.shape[1]))
+        parts.append((labels, masks, back, scores))
+    found = [fit(m, s[b]) | dict(passes=len(s), labels=l) for labels, masks, back, scores in parts
+             for l, m, b, s in zip(labels, masks, back, scores.double().cpu().numpy())]
+    return _drawn(q, found)
+
+def _drawn(q, found):
+    "Maps and details of the fits of all images."
+    labels = torch.stack([f['labels'] for f in found]).to(q.device)
+    weights = [torch.from_numpy(f['weights']).to(q.device, torch.float32) for f in found]
+    r2, intercept = (torch.tensor([f[k] for f in found]).to(q.device, torch.float32) for k in ('r2', 'intercept'))
+    passes = torch.tensor([f['passes'] for f in found], device=q.device)
+    return paint(weights, labels), dict(weights=weights, segments=labels, passes=passes, r2=r2, intercept=intercept)
 
 # %% ../nbs/07_lime.ipynb #9eab8cf5
-def _one(q, i, labels, hidden, fit):
-    "The fit of image i of a question, and how many passes it took."
-    one, passes = copy(q), []
-    one.x, one.target = q.x[i:i + 1], q.target[i:i + 1]
-    def ask(masks):
-        scores, n = _scores_of(one, labels.to(q.device), hidden[None], masks)
-        passes.append(n)
-        return scores
-    return fit(ask, int(labels.max()) + 1) | dict(passes=sum(passes))
+def _given(q, segmentation):
+    "Checked superpixels of a question's images where the caller has cut them; None for a method's name."
+    if isinstance(segmentation, str): return None
+    wanted, found = (q.total, *q.x.shape[2:]), tuple(getattr(segmentation, 'shape', ())) or type(segmentation).__name__
+    known = ', '.join(SEGMENTATIONS)
+    if found != wanted: raise ValueError(f'segmentation has shape {found}: expected labels {wanted} or one of {known}')
+    own = torch.as_tensor(q.take(segmentation, 'segmentation')).cpu().numpy()
+    return torch.from_numpy(np.stack([_without_gaps(l) for l in own]))
 
-def _given(labels, x, group):
-    "Checked superpixels of a group of images, where the caller has cut them."
-    wanted, found = (len(x), *x.shape[2:]), tuple(getattr(labels, 'shape', ())) or type(labels).__name__
-    if found != wanted: raise ValueError(f'segmentation has shape {found}: expected one of {", ".join(SEGMENTATIONS)}, or labels {wanted}')
-    return torch.from_numpy(np.stack([_without_gaps(l) for l in torch.as_tensor(labels)[group].cpu().numpy()]))
-
-# %% ../nbs/07_lime.ipynb #0e86de1e
-def lime(
-    model:Classifier,
-    x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
-    target=None, # class per image, one class, or None: the predicted one
-    *, n_samples:int=1000, # masks for each image
-    segmentation='slic', # one of `SEGMENTATIONS`, or labels (N, H, W) such as `segments` gives
-    hide='superpixel', # what hides a superpixel: its mean colour, or a kind of `passes.baseline`
-    kernel_width:float=.25, # of `cosine_kernel`
-    alpha:float=1., # of `weighted_ridge`
-    score:str='log_odds', precision:str='fp32', batch_size:int=32, # see `passes.answer`
-    seed:int=0, # of the masks
-    details:bool=False # also a dict: 'weights', 'segments', 'r2', 'intercept', 'passes', 'target'
-): # maps (N, H, W) float32 on the model's device
-    """LIME: weights of a local linear model on superpixels (Ribeiro et al. 2016), painted; raw and signed, higher = speaks for the class.
-    Units of `score` per superpixel. With `score='probability'` the weights are those of the library lime. `ValueError` for options that do not fit."""
-    if n_samples < 2: raise ValueError(f'n_samples is {n_samples}: expected at least 2')
+def _check(at_least, model, n_samples, segmentation, hide, kernel_width=1, alpha=0, **_):
+    "Raise `ValueError` for options that do not fit, before anything is computed."
+    if n_samples < at_least: raise ValueError(f'n_samples is {n_samples}: expected at least {at_least}')
+    if isinstance(segmentation, str) and segmentation not in SEGMENTATIONS:
+        raise ValueError(f'segmentation {segmentation!r}: expected one of {", ".join(SEGMENTATIONS)}')
     if not kernel_width > 0: raise ValueError(f'kernel_width is {kernel_width}: expected more than 0')
     if not alpha >= 0: raise ValueError(f'alpha is {alpha}: expected 0 or more')
-    def fit(ask, S):
-        masks = lime_masks(S, n_samples, seed)
-        return dict(zip(('weights', 'intercept', 'r2'), weighted_ridge(masks, ask(masks), cosine_kernel(masks, kernel_width), alpha)))
-    return _explain(model, x, target, segmentation, hide, fit, n_samples, seed, dict(score=score, precision=precision, batch_size=batch_size, details=details))
+    if hide not in (None, 'superpixel'):
+        raise ValueError(f"hide is {hide!r}: expected 'superpixel', its mean colour, or None; all else is a baseline")
+
+# %% ../nbs/07_lime.ipynb #0e86de1e
+_masked = dict(signed=True, backward=False, passes=lambda n_samples, **_: n_samples)
+
+@explainer(source='Ribeiro et al. 2016', fits=partial(_check, 2), **_masked)
+def lime(q,
+    *, n_samples=1000, # masks for each image
+    segmentation='slic', # one of `SEGMENTATIONS`, or labels (N, H, W) such as `segments` gives
+    hide=None, # None: superpixels become the baseline; 'superpixel': each its own mean colour, as in the library lime
+    kernel_width=.25, # of `cosine_kernel`
+    alpha=1. # of `weighted_ridge`
+):
+    """LIME: weights of a local linear model on superpixels (Ribeiro et al. 2016), painted; signed, higher = speaks for
+    the class. Units of `score` per superpixel. With `score='probability'` and `hide='superpixel'` the weights are those
+    of the library lime. `details`: 'weights', 'segments', 'r2', 'intercept', and 'passes', fewer than `n_samples` where
+    masks are equal."""
+    def fit(masks, y):
+        b, b0, r2 = weighted_ridge(masks, y, cosine_kernel(masks, kernel_width), alpha)
+        return dict(weights=b, intercept=b0, r2=r2)
+    return _explain(q, segmentation, hide, n_samples, lambda S: lime_masks(S, n_samples, q.seed), fit)
 
 # %% ../nbs/07_lime.ipynb #943e1edc
 def _constrained_fit(masks, y, w, empty, full):
@@ -182,7 +197,7 @@ def _constrained_fit(masks, y, w, empty, full):
 
 # %% ../nbs/07_lime.ipynb #f1744e73
 def _coalitions(S, n, seed):
-    "Masks (m, S), m ≤ max(n, 2), and their weights in the regression; the first shows everything, the second nothing, both with weight 0."
+    "Masks (m, S), m ≤ max(n, 2), and their weights; the first shows all, the second nothing, both with weight 0."
     ends = np.array([[True]*S, [False]*S])
     if 2**S <= max(n, 2):
         inner = (np.arange(1, 2**S - 1)[:, None] >> np.arange(S) & 1).astype(bool)
@@ -197,23 +212,18 @@ def _coalitions(S, n, seed):
     return np.concatenate([ends, inner]), np.concatenate([[0, 0], w])
 
 # %% ../nbs/07_lime.ipynb #b1a1351f
-def kernelshap(
-    model:Classifier,
-    x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
-    target=None, # class per image, one class, or None: the predicted one
-    *, n_samples:int=1000, # masks for each image; all 2^S where there are no more
+@explainer(source='Lundberg and Lee 2017', fits=partial(_check, 4), **_masked)
+def kernelshap(q,
+    *, n_samples=1000, # masks for each image; all 2^S where there are no more
     segmentation='slic', # one of `SEGMENTATIONS`, or labels (N, H, W) such as `segments` gives
-    hide='superpixel', # what hides a superpixel: its mean colour, or a kind of `passes.baseline`
-    score:str='log_odds', precision:str='fp32', batch_size:int=32, # see `passes.answer`
-    seed:int=0, # of the masks
-    details:bool=False # also a dict: 'weights', 'segments', 'r2', 'intercept', 'passes', 'target'
-): # maps (N, H, W) float32 on the model's device
-    """KernelSHAP: estimated Shapley values of superpixels (Lundberg and Lee 2017), painted; raw and signed, higher = speaks for the class.
-    The weights of an image sum to its score minus that of the hidden image, the 'intercept', and are exact where 2^S ≤ `n_samples`."""
-    if n_samples < 4: raise ValueError(f'n_samples is {n_samples}: expected at least 4')
-    def fit(ask, S):
-        masks, w = _coalitions(S, n_samples, seed)
-        y = ask(masks)
+    hide=None # None: superpixels become the baseline; 'superpixel': each its own mean colour
+):
+    """KernelSHAP: estimated Shapley values of superpixels (Lundberg and Lee 2017), painted; signed, higher = speaks for
+    the class. The weights of an image sum to its score minus that of the hidden image, the 'intercept', and are exact
+    where 2^S ≤ `n_samples`. `details` as of `lime`; 'passes' are fewer than `n_samples` where masks are equal, as many
+    are that show or hide one superpixel."""
+    def fit(masks, y):
+        w = _coalitions(masks.shape[1], n_samples, q.seed)[1]
         b = _constrained_fit(masks, y, w, y[1], y[0])
         return dict(weights=b, intercept=y[1], r2=_r2(y, y[1] + masks @ b, w) if w.any() else np.nan)
-    return _explain(model, x, target, segmentation, hide, fit, n_samples, seed, dict(score=score, precision=precision, batch_size=batch_size, details=details))
+    return _explain(q, segmentation, hide, n_samples, lambda S: _coalitions(S, n_samples, q.seed)[0], fit)
