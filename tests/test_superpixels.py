@@ -1,11 +1,12 @@
-"What 07_lime cannot show: many classes, other shapes, a transformer, images without structure, the library's own segmentation."
+"What 07_lime cannot show: many classes, other shapes, a transformer, flat images, networks of others, no waiting for a device."
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pcam_tp.models import Classifier, build, class_score, predict
-from pcam_tp.passes import BASELINES
+from pcam_tp.classifier import Classifier, class_score, predict
+from pcam_tp.models import build
+from pcam_tp.questions import BASELINES, Question
 from pcam_tp.superpixels import SEGMENTATIONS, _coalitions, cosine_kernel, kernelshap, lime, lime_masks, paint, segments, weighted_ridge
 
 X = torch.rand(3, 3, 48, 72, generator=torch.Generator().manual_seed(0))
@@ -27,7 +28,7 @@ def areas(): return Classifier(Areas(), classes=tuple('abcde'), mean=(0, 0, 0), 
 
 @pytest.mark.parametrize('f', METHODS)
 def test_many_classes_and_other_shapes(f):
-    options = dict(n_samples=64, segmentation=BLOCKS, hide='black', score='logit', details=True) | (dict(alpha=1e-6) if f is lime else {})
+    options = dict(n_samples=64, segmentation=BLOCKS, baseline='black', score='logit', details=True) | (dict(alpha=1e-6) if f is lime else {})
     for target in (None, 3, [0, 2, 4]):
         maps, info = f(areas(), X, target, **options)
         assert maps.shape == X.shape[:1] + X.shape[2:] and maps.dtype == torch.float32 and len(info['weights']) == 3
@@ -44,23 +45,24 @@ def test_map_does_not_depend_on_the_batch(f):
     model = build('small_cnn', width=.1, n_classes=5)
     maps, info = f(model, X, n_samples=50, details=True)
     assert len({len(w) for w in info['weights']}) >= 1 and torch.equal(paint(info['weights'], info['segments']), maps)
-    for batch_size in (1, 2, 7): torch.testing.assert_close(f(model, X, n_samples=50, batch_size=batch_size), maps, rtol=1e-4, atol=1e-5)
+    for batch_size in (1, 2, 7, 60, 1000): torch.testing.assert_close(f(model, X, n_samples=50, batch_size=batch_size), maps, rtol=1e-4, atol=1e-5)
     for i in range(3): torch.testing.assert_close(f(model, X[i:i + 1], n_samples=50), maps[i:i + 1], rtol=1e-4, atol=1e-5)
-    given = f(model, X, n_samples=50, segmentation=info['segments'], batch_size=2, hide='superpixel')
+    given = f(model, X, n_samples=50, segmentation=info['segments'], batch_size=2)
     torch.testing.assert_close(given, maps, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('f', METHODS)
-def test_every_hide(f):
+def test_whatever_hides(f):
     model = build('small_cnn', width=.1)
     images = X.flip(0)
-    for hide in ('superpixel', *BASELINES, torch.tensor([.8, .6, .8]), images[0], images):
-        maps, info = f(model, X, 1, n_samples=20, batch_size=2, hide=hide, details=True)
+    for option in (dict(hide='superpixel'), *(dict(baseline=b) for b in (*BASELINES, .5, torch.tensor([.8, .6, .8]), images[0], images))):
+        maps, info = f(model, X, 1, n_samples=20, batch_size=2, details=True, **option)
         assert maps.isfinite().all()
         if f is kernelshap:
             gain = class_score(predict(model, X), torch.ones(3, dtype=torch.long)) - info['intercept']
             torch.testing.assert_close(torch.stack([w.sum() for w in info['weights']]), gain, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(f(model, X, 1, n_samples=20, hide=images)[2], f(model, X[2:], 1, n_samples=20, hide=images[2])[0], rtol=1e-4, atol=1e-5)
+    alone = f(model, X[2:], 1, n_samples=20, baseline=images[2])[0]
+    torch.testing.assert_close(f(model, X, 1, n_samples=20, baseline=images)[2], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('f', METHODS)
@@ -73,13 +75,14 @@ def test_transformer(f):
 
 @pytest.mark.parametrize('f', METHODS)
 def test_images_without_structure(f):
-    "One superpixel: hidden by its own colour nothing changes, so the map is zero; hidden black it has one weight."
+    "One superpixel: hidden by its own colour nothing changes, so the map is zero; hidden white it has one weight."
     grey, model = torch.full((2, 3, 48, 48), .5), build('small_cnn', width=.1)
     assert segments(grey, 'felzenszwalb').max() == 0
-    maps, info = f(model, grey, 1, segmentation='felzenszwalb', n_samples=30, details=True)
+    maps, info = f(model, grey, 1, segmentation='felzenszwalb', n_samples=30, hide='superpixel', details=True)
     assert maps.abs().max() < 1e-5 and info['r2'].isnan().all() and (info['passes'] <= 2).all()
-    black, info = f(model, grey, 1, segmentation='felzenszwalb', n_samples=30, hide='black', details=True)
-    assert (black == black[0, 0, 0]).all() and len(info['weights'][0]) == 1
+    white, info = f(model, grey, 1, segmentation='felzenszwalb', n_samples=30, details=True)
+    torch.testing.assert_close(white, white[:1, :1, :1].expand_as(white))
+    assert white.abs().max() > 0 and len(info['weights'][0]) == 1
     for method in SEGMENTATIONS: assert f(model, grey, 1, segmentation=method, n_samples=20).isfinite().all()
 
 
@@ -94,10 +97,10 @@ def test_hide_color_and_masks_are_those_of_lime():
     lime_image.tqdm = lambda it: it
     model, labels = build('small_cnn', width=.1), segments(X[:1])
     def classifier(batch): return predict(model, torch.from_numpy(batch).permute(0, 3, 1, 2).float()).softmax(1).double().numpy()
-    for hide, color in (('superpixel', None), ('black', 0)):
+    for option, color in ((dict(hide='superpixel'), None), (dict(baseline='black'), 0)):
         exp = lime_image.LimeImageExplainer(random_state=11).explain_instance(X[0].permute(1, 2, 0).numpy(), classifier, labels=(1,), top_labels=None,
                                                                                num_samples=150, hide_color=color, segmentation_fn=lambda _: labels[0].numpy())
-        w, info = lime(model, X[:1], 1, segmentation=labels, hide=hide, n_samples=150, seed=11, score='probability', details=True)
+        w, info = lime(model, X[:1], 1, segmentation=labels, n_samples=150, seed=11, score='probability', details=True, **option)
         theirs = np.array([v for _, v in sorted(exp.local_exp[1])])
         assert np.abs(info['weights'][0].numpy() - theirs).max() < 1e-4*np.abs(theirs).max() + 1e-8
         assert abs(info['intercept'][0] - exp.intercept[1]) < 1e-5
@@ -119,7 +122,7 @@ def test_more_superpixels_than_samples():
     model = build('small_cnn', width=.1)
     labels = torch.arange(48*72).view(1, 48, 72)//48   # 72 rows of 48 pixels
     for f in METHODS:
-        maps, info = f(model, X[:1], 1, segmentation=labels, hide='black', n_samples=20, details=True)
+        maps, info = f(model, X[:1], 1, segmentation=labels, n_samples=20, details=True)
         assert maps.isfinite().all() and len(info['weights'][0]) == 72
     assert lime_masks(72, 20).shape == (20, 72) and cosine_kernel(lime_masks(72, 20))[0] == 1
     assert np.isfinite(weighted_ridge(lime_masks(72, 20), np.arange(20.), np.ones(20), 0)[0]).all()
@@ -129,6 +132,70 @@ def test_labels_with_gaps_and_bad_input():
     model = build('small_cnn', width=.1)
     torch.testing.assert_close(lime(model, X, 1, segmentation=BLOCKS*7 + 3, n_samples=30), lime(model, X, 1, segmentation=BLOCKS, n_samples=30))
     for f in METHODS:
-        for bad in (dict(segmentation=None), dict(segmentation=BLOCKS[:, :10]), dict(segmentation='quick'), dict(hide='grey'), dict(n_samples=1), dict(score='z')):
+        for bad in (dict(segmentation=None), dict(segmentation=BLOCKS[:, :10]), dict(segmentation='quick'), dict(hide='grey'), dict(hide='black'), dict(baseline='grey'), dict(n_samples=1), dict(score='z')):
             with pytest.raises(ValueError): f(model, X, 1, **dict(n_samples=10) | bad)
         with pytest.raises(ValueError): f(model, 255*X, n_samples=10)
+
+
+class Reads(nn.Module):
+    "One logit, squeezed to (n,): what the network gets, flattened by `view`."
+    def __init__(self, shape=(3, 48, 72)):
+        super().__init__(); self.weight = nn.Parameter(torch.randn(int(np.prod(shape)), generator=torch.Generator().manual_seed(2)))
+    def forward(self, x): return (x.view(x.size(0), -1) @ self.weight).squeeze()
+
+
+@pytest.mark.parametrize('f', METHODS)
+def test_one_logit_flattened_by_view(f):
+    "The weights for one class are minus those for the other, and add up; also where the last batch has one image."
+    model = Classifier(Reads(), mean=(0, 0, 0), std=(1, 1, 1))
+    options = dict(n_samples=64, segmentation=BLOCKS, details=True, batch_size=7) | (dict(alpha=1e-6) if f is lime else {})
+    one, zero = (f(model, X, c, **options)[1]['weights'] for c in (1, 0))
+    effect = ((X - 1)*model.net.weight.detach().view(1, 3, 48, 72)).sum(1)
+    for i in range(3):
+        truth = torch.stack([effect[i][BLOCKS[i] == s].sum() for s in range(6)])
+        torch.testing.assert_close(one[i], truth, rtol=1e-3, atol=1e-3*truth.abs().max().item())
+        torch.testing.assert_close(one[i], -zero[i], rtol=1e-4, atol=1e-5*truth.abs().max().item())
+
+
+@pytest.mark.parametrize('f', METHODS)
+def test_wrong_images_and_targets(f):
+    model = build('small_cnn', width=.1)
+    for x in (X*255, (X - .7)/.2, X*torch.nan, X[0], X[:0]):
+        with pytest.raises(ValueError, match='x '): f(model, x, 1, n_samples=10)
+    for target in ([0, 1]*2, 1.7, [.9, .8, .1], 2):
+        with pytest.raises(ValueError, match='target'): f(model, X, target, n_samples=10, batch_size=2)
+    with pytest.raises(ValueError, match='batch_size'): f(model, X, batch_size=0)
+    torch.testing.assert_close(f(model, X.double(), 1, n_samples=10), f(model, X, 1, n_samples=10))
+
+
+@pytest.mark.parametrize('f', METHODS)
+def test_options_are_refused_before_any_pass(f):
+    model, passed = build('small_cnn', width=.1), []
+    model.register_forward_hook(lambda *a: passed.append(1))
+    for bad in (dict(n_samples=1), dict(segmentation='quick'), dict(hide='black'), dict(baseline='grey')):
+        with pytest.raises(ValueError): f(model, X, 1, **bad)
+    assert not passed
+
+
+def test_one_segmentation_serves_its_own_images():
+    "Groups of two take their share of the labels; a stale group would take the first two."
+    model, labels = build('small_cnn', width=.1), torch.stack([BLOCKS[0], BLOCKS[0]//2, BLOCKS[0]//3])
+    for size in (1, 2, 50):
+        info = lime(model, X, 1, segmentation=labels, n_samples=20, batch_size=size, details=True)[1]
+        assert [len(w) for w in info['weights']] == [6, 3, 2]
+
+
+def test_nobody_waits_for_the_device(monkeypatch):
+    "Between the first pass and the last one, no tensor of the device is read."
+    model, reads, passes = build('small_cnn', width=.1), [], []
+    model.register_forward_hook(lambda *a: passes.append(len(reads)))
+    for name in ('cpu', 'item', 'tolist', 'numpy'):
+        usual = getattr(torch.Tensor, name)
+        def spy(t, *a, usual=usual, name=name, **k):
+            if t.is_floating_point(): reads.append(name)   # scores and images; labels and masks never leave the processor
+            return usual(t, *a, **k)
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    q = Question(model, X, 1, batch_size=8)
+    passes.clear()
+    lime.on(q, n_samples=20, segmentation=BLOCKS)
+    assert len(passes) > 6 and len(set(passes)) == 1, 'the scores of one image were read before the next was asked'
