@@ -6,7 +6,8 @@
 __all__ = ['described', 'weights_id', 'network_id', 'write_maps', 'read_maps']
 
 # %% ../nbs/tools/00_many_maps.ipynb #e790f548
-import dis, functools, hashlib, importlib.metadata, json, sys, sysconfig, types
+import dis, functools, hashlib, importlib.metadata, json, random, sys, sysconfig, types
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -53,19 +54,27 @@ def _described(value, into, at):
     "Functions, classes, networks and objects."
     if hasattr(value, 'settings') and hasattr(value, '__wrapped__'):   # an explainer
         return dict(method=into(value.__wrapped__, 'method'), options=into(value.settings, 'options'))
-    for kind, parts in _PARTS.items():
+    for kind, parts in _WRAPPED.items():
         if isinstance(value, kind): return {type(value).__name__: into(parts(value), type(value).__name__)}
     for kind, describe in _KINDS.items():
         if isinstance(value, kind): return describe(value, into)
-    if not hasattr(value, '__dict__') or _is_library(type(value).__module__) and not vars(value):
+    if (parts := _parts(value)) is None:
         raise ValueError(f'{at} is {type(value).__name__}: no description that will be the same tomorrow; use numbers, '
                          'words, tensors, functions, or give it an attribute `recipe`, a text that changes with it')
-    return {type(value).__qualname__: into(type(value), 'class'), 'state': into(vars(value), 'state')}
+    return {type(value).__qualname__: into(parts, 'state')}
 
 # %% ../nbs/tools/00_many_maps.ipynb #3ae86196
-_PARTS = {functools.partial: lambda p: [p.func, p.args, p.keywords], property: lambda p: [p.fget, p.fset],
+_WRAPPED = {functools.partial: lambda p: [p.func, p.args, p.keywords], property: lambda p: [p.fget, p.fset],
           types.MethodType: lambda m: [m.__func__, m.__self__], (staticmethod, classmethod): lambda m: m.__func__}
 _BUILT_IN = types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, np.ufunc
+
+_DRAWN = Iterator, np.random.Generator, np.random.RandomState, torch.Generator, random.Random   # who asks first?
+
+def _parts(value):
+    "What an object is rebuilt from, or None: a list of its class or maker, arguments, state, items."
+    try: made = None if isinstance(value, _DRAWN) else value.__reduce_ex__(2)
+    except TypeError: made = None
+    return made if made is None or isinstance(made, str) else [list(m) if isinstance(m, Iterator) else m for m in made]
 
 def _built_in(f, into):
     "A function that is written in C: its name, and what it belongs to."

@@ -12,9 +12,11 @@ from pcam_tp.classifier import Classifier
 from pcam_tp.integrated_gradients import integrated_gradients
 from pcam_tp.models import build, small_cnn
 from pcam_tp.occlusion import occlusion, rise
+from pcam_tp.superpixels import kernelshap, lime
 
 CHEAP = dict(occlusion=occlusion.using(window=48, stride=48), rise=rise.using(n_masks=6),
-             integrated_gradients=integrated_gradients.using(n_steps=2))
+             integrated_gradients=integrated_gradients.using(n_steps=2),
+             lime=lime.using(n_samples=12), kernelshap=kernelshap.using(n_samples=12))
 X = torch.rand(4, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 NEAR = dict(rtol=1e-3, atol=1e-5)   # sums and differences of scores near 1, in 32 bits
 every = pytest.mark.parametrize('method', CHEAP.values(), ids=CHEAP)

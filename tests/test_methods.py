@@ -1,12 +1,19 @@
-"What 08_all_methods cannot show: every method on every network, with many classes and odd shapes; adapters on a transformer."
+"What 08_all_methods cannot show: every method on every network, many classes, odd shapes; adapters on others' networks; threads."
+import threading
+import warnings
+
 import captum.attr
 import numpy as np
 import pytest
 import pytorch_grad_cam
 import torch
+from torch import nn
+from torch.testing import assert_close
 
-from pcam_tp.methods import METHODS, agreement, explain, from_captum, from_gradcam, untrained
-from pcam_tp.models import MODELS, build, predict
+from pcam_tp.classifier import Classifier, predict
+from pcam_tp.controls import untrained
+from pcam_tp.methods import METHODS, agreement, choose, explain, from_captum, from_gradcam
+from pcam_tp.models import MODELS, build
 
 X = torch.nn.functional.interpolate(torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)), (96, 96), mode='bicubic').clamp(0, 1)
 CHEAP = {k: METHODS[k].using(**o) for k, o in dict(
@@ -17,6 +24,12 @@ CHEAP = {k: METHODS[k].using(**o) for k, o in dict(
 def state(m):
     return ([p.training for p in m.modules()], [(p.requires_grad, p.grad) for p in m.parameters()],
             [len(k._forward_hooks) + len(k._forward_pre_hooks) + len(k._backward_hooks) for k in m.modules()], [p.sum().item() for p in m.parameters()])
+
+
+ADAPTED = dict(ig=from_captum(captum.attr.IntegratedGradients, n_steps=2), lrp=from_captum(captum.attr.LRP, space='network'),
+               shap=from_captum(captum.attr.GradientShap, n_samples=2, stdevs=.1),
+               cam=from_captum(captum.attr.LayerGradientXActivation, layer='last'),
+               score_cam=from_gradcam(pytorch_grad_cam.ScoreCAM), gradcam=from_gradcam(pytorch_grad_cam.GradCAM))
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -53,15 +66,132 @@ def test_inside_other_modes():
         for other in (a, b, c): torch.testing.assert_close(free[k], other[k], msg=lambda m: f'{k}: {m}')
 
 
-def test_adapters_on_a_transformer_and_a_crop():
-    "Tokens become a grid; what lies outside the crop stays 0."
-    vit = build('vit_b_16')
-    assert from_gradcam(pytorch_grad_cam.GradCAM)(vit, X[:1]).shape == (1, 96, 96)
-    assert from_captum(captum.attr.LayerGradientXActivation, layer='last')(vit, X[:1]).shape == (1, 96, 96)
-    cropped = build('small_cnn', width=.2, geometry=dict(crop=64))
-    for m in (from_gradcam(pytorch_grad_cam.HiResCAM), from_captum(captum.attr.DeepLift, space='network'), from_captum(captum.attr.Saliency)):
-        v = m(cropped, X)
-        assert v[:, :16].abs().max() == 0 and v[:, 16:80, 16:80].abs().max() > 0
+def test_adapters_stay_inside_a_crop():
+    for options in (dict(crop=64), dict(crop=64, size=48)):
+        cropped = build('small_cnn', width=.2, geometry=options)
+        for m in (from_gradcam(pytorch_grad_cam.HiResCAM), from_captum(captum.attr.DeepLift, space='network'),
+                  from_captum(captum.attr.Saliency), from_captum(captum.attr.LayerGradCam, layer='last')):
+            v = m(cropped, X)
+            assert v[:, :16].count_nonzero() == v[:, 80:].count_nonzero() == 0 and v[:, 16:80, 16:80].any()
+
+
+class Tokens(nn.Module):
+    "Patches of 16 as tokens, a class token in front, and the same without tokens: a score that is no sum over places."
+    def __init__(self, tokens=True):
+        super().__init__()
+        self.cut, self.norm, self.mix, self.head = nn.Conv2d(3, 8, 16, 16), nn.Identity(), nn.Linear(8, 16), nn.Linear(16, 2)
+        self.tokens = tokens
+    def forward(self, x):
+        a = self.cut(x)
+        if self.tokens:
+            t = a.flatten(2).mT
+            t = self.norm(torch.cat([t.mean(1, keepdim=True), t], 1))[:, 1:]
+        else: t = self.norm(a).flatten(2).mT
+        return self.head(self.mix(t).relu().square().mean(1))
+
+
+@pytest.mark.parametrize('shape', [(96, 128), (96, 96)])
+def test_adapters_know_the_true_grid_of_tokens(shape):
+    "1 + 6·8 tokens of a 96×128 image are 49 = 7·7, too; a guess would fold them so."
+    x = torch.rand(3, 3, *shape, generator=torch.Generator().manual_seed(1))
+    grid = Classifier(Tokens(False), layers='norm')
+    tokens = Classifier(Tokens(), layers='norm'); tokens.load_state_dict(grid.state_dict())
+    for m in (from_gradcam(pytorch_grad_cam.HiResCAM), from_captum(captum.attr.LayerGradientXActivation, layer='last')):
+        assert_close(m(tokens, x, 1), m(grid, x, 1), rtol=1e-4, atol=1e-5)
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 2))
+    for m in (from_gradcam(pytorch_grad_cam.GradCAM), from_captum(captum.attr.LayerGradientXActivation, layer='last')):
+        with pytest.raises(ValueError, match='no plain grid'): m(Classifier(flat, layers='1'), x, 1)
+
+
+class Hooked(nn.Module):
+    "As in tutorials: `forward` hangs a hook on its activations and keeps them; flattened by `view`; one logit, squeezed."
+    def __init__(self):
+        super().__init__()
+        self.body, self.act, self.head = nn.Conv2d(3, 4, 8, 8), nn.ReLU(), nn.Linear(4*12*12, 1)
+    def forward(self, x):
+        self.kept = self.act(self.body(x))
+        self.kept.register_hook(lambda g: setattr(self, 'gradient', g))
+        return self.head(self.kept.view(x.size(0), -1)).squeeze()
+
+
+def test_networks_of_others():
+    "All that `explain` offers, adapters too, on a network with a hook in `forward`, `view`, one logit and kept activations."
+    model = Classifier(Hooked(), layers='act')
+    plain = Classifier(nn.Sequential(model.net.body, model.net.act, nn.Flatten(), model.net.head), layers='1')
+    chosen = {k: e for k, e in (CHEAP | ADAPTED).items() if k != 'lrp'}   # LRP: no kept activations in its way
+    predict(model, X)   # leaves activations behind
+    maps = explain(model, X, 1, chosen, controls='untrained', batch_size=2)
+    for k, v in explain(plain, X, 1, chosen).items():
+        assert_close(maps[k], v, rtol=1e-3, atol=1e-3*v.abs().max().item() + 1e-6, msg=lambda m: f'{k}: {m}')
+    twice = explain(model, X[:1], [1], chosen)   # a squeezed last batch of one
+    for k in CHEAP: assert_close(twice[k], maps[k][:1], rtol=1e-3, atol=1e-3*maps[k].abs().max().item() + 1e-6)
+
+
+def test_targets_are_one_for_each_image_or_refused():
+    model, x = build('small_cnn', width=.2), X.repeat(2, 1, 1, 1)
+    for target in ([0, 1], 1.7, [.9, .8, .1, .2], 2):
+        for m in ('gradcam', ['saliency', 'random'], ADAPTED['ig']):
+            with pytest.raises(ValueError, match='target'): explain(model, x, target, m, batch_size=2)
+    a = explain(model, x, [0, 1, 0, 1], ['saliency', 'gradcam'], batch_size=3)
+    for i, c in enumerate([0, 1, 0, 1]):
+        for k, v in a.items(): assert_close(METHODS[k](model, x[i:i + 1], c)[0], v[i], rtol=1e-3, atol=1e-5)
+
+
+def test_what_does_not_fit_is_found_before_anything_is_computed():
+    model, passed = build('convnext_tiny'), []
+    model.register_forward_hook(lambda *a: passed.append(1))
+    for chosen, word in ((('occlusion', 'guided_backprop'), 'GELU'), (('occlusion', from_gradcam(pytorch_grad_cam.GradCAM, layer='x')), "'x'"),
+                         (dict(a='occlusion', b=METHODS['lime'].using(n_samples=1)), 'n_samples'), (dict(a=nn.ReLU()), '@explainer'),
+                         (['occlusion', 'occlusion'], 'two methods')):
+        with pytest.raises(ValueError, match=word): explain(model, X, methods=chosen)
+    with pytest.raises(ValueError, match='mirrored'): explain(model, X, controls=['mirrored'])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        chosen = choose(None, model)
+    assert list(chosen) == [k for k in METHODS if k != 'guided_backprop'] and not passed
+    assert len(said) == 1 and 'guided_backprop' in str(said[0].message) and 'GELU' in str(said[0].message)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        unnamed = choose(None, Classifier(nn.Sequential(nn.Conv2d(3, 2, 9), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())))
+    assert len(said) == 1 and not {'gradcam', 'layercam'} & set(unnamed) and 'guided_backprop' in unnamed
+
+
+def test_one_question_serves_all_methods():
+    "The class is predicted once, and four class activation maps take one pass."
+    model, passed = build('small_cnn', width=.2), []
+    predict(model, X)
+    hook = model.register_forward_hook(lambda m, i, out: passed.append(len(out)))
+    explain(model, X, methods=['gradcam', 'hirescam', 'gradcam_pp', 'layercam', 'saliency'])
+    hook.remove()
+    assert sum(passed) == len(X)*(1 + 1 + 1), passed
+
+
+def test_one_baseline_for_all_methods():
+    "Ours, and captum's from the question's baseline."
+    model, ig = build('small_cnn', width=.2), METHODS['integrated_gradients'].using(n_steps=2)
+    for b in ('white', 'black', X.flip(0)):
+        maps = explain(model, X, 1, dict(ours=ig, theirs=ADAPTED['ig'], lime=CHEAP['lime']), baseline=b, batch_size=1)
+        assert_close(maps['theirs'], maps['ours'], rtol=1e-3, atol=1e-3*maps['ours'].abs().max().item())
+        assert_close(maps['lime'], CHEAP['lime'](model, X, 1, baseline=b), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('chosen', [CHEAP | ADAPTED], ids=['all'])
+def test_four_threads_with_one_network(chosen):
+    "In training mode; what draws random numbers draws its own."
+    net = nn.Sequential(nn.Conv2d(3, 8, 5, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                        nn.Linear(128, 2))
+    model = Classifier(net, layers='0').train()
+    state, found = {k: v.clone() for k, v in model.state_dict().items()}, []
+    chosen = {k: e for k, e in chosen.items() if k != 'lrp'}   # knows no rule for this network
+    ask = lambda: explain(model, X, 1, chosen, controls=('untrained', 'shifted'))
+    expected, threads = ask(), [threading.Thread(target=lambda: found.extend(ask() for _ in range(2))) for _ in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(found) == 8
+    for maps in found:
+        for k, v in expected.items():
+            assert_close(maps[k], v, rtol=1e-3, atol=1e-3*v.abs().max().item() + 1e-6, msg=lambda m: f'{k}: {m}')
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and all(m.training for m in model.modules())
 
 
 def test_adapters_leave_no_trace():
