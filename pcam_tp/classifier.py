@@ -107,9 +107,8 @@ def _colour(name, v, low, high):
 
 # %% ../nbs/foundation/11_classifier.ipynb #a5130137
 class Classifier(nn.Module):
-    """RGB in [0, 1] in, logits (N, K), K > 1, out. Inside: centre crop, resize, normalisation, network.
-    In-place activations are switched off. One logit z becomes (−z/2, z/2).
-    Raises `ValueError` for outputs without a plain meaning."""
+    """RGB in [0, 1] in, logits (N, K), K > 1, out; one logit z becomes (−z/2, z/2). Inside: centre crop, resize,
+    normalisation, network without in-place activations. `ValueError` for outputs without a plain meaning."""
     def __init__(self,
         net:nn.Module, # normalised images to logits (N, K), or to one logit for the second of two classes
         layers=(), # names worth explaining, early to late; a dict: name → function from its output to (N, C, h, w)
@@ -127,34 +126,41 @@ class Classifier(nn.Module):
         self.head, self.card = None, {}   # the part that `freeze` leaves free; how it was built and trained
         self.layout, self.needs_tape, self.seen = torch.channels_last, False, False   # found out by use
         like = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
-        self.register_buffer('mean', _colour('mean', mean, 0, 1).to(like), persistent=False)   # where the network is
-        self.register_buffer('std', _colour('std', std, 1e-6, 1).to(like), persistent=False)
+        for name, v, low in (('mean', mean, 0), ('std', std, 1e-6)):
+            self.register_buffer(name, _colour(name, v, low, 1).to(like), persistent=False)   # where the network is
         for m in net.modules():
             if hasattr(m, 'inplace') and not isinstance(m, torch.jit.ScriptModule): m.inplace = False
 
-    @property
-    def device(self): "Where the network is."; return self.mean.device
+# %% ../nbs/foundation/11_classifier.ipynb #0b48209e
+@patch(as_prop=True)
+def device(self:Classifier):
+    "Where the network is."
+    return self.mean.device
 
-    def window(self, h, w):
-        "Rows and columns of an h×w image that the network sees: torchvision's centre crop."
-        if self.crop is None: return slice(0, h), slice(0, w)
-        if self.crop > min(h, w): raise ValueError(f'images are {h}×{w}: too small for the centre crop of {self.crop}')
-        top, left = round((h - self.crop)/2), round((w - self.crop)/2)
-        return slice(top, top + self.crop), slice(left, left + self.crop)
+@patch
+def window(self:Classifier, h, w):
+    "Rows and columns of an h×w image that the network sees: torchvision's centre crop."
+    if self.crop is None: return slice(0, h), slice(0, w)
+    if self.crop > min(h, w): raise ValueError(f'images are {h}×{w}: too small for the centre crop of {self.crop}')
+    top, left = round((h - self.crop)/2), round((w - self.crop)/2)
+    return slice(top, top + self.crop), slice(left, left + self.crop)
 
-    def sees(self, h, w):
-        "Height and width of what the network gets for an h×w image."
-        rows, cols = self.window(h, w)
-        return (self.size, self.size) if self.size else (rows.stop - rows.start, cols.stop - cols.start)
+@patch
+def sees(self:Classifier, h, w):
+    "Height and width of what the network gets for an h×w image."
+    rows, cols = self.window(h, w)
+    return (self.size, self.size) if self.size else (rows.stop - rows.start, cols.stop - cols.start)
 
-    def preprocess(self, x):
-        "Images (N, 3, H, W) in [0, 1] to what the network sees."
-        if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
-            raise ValueError(f'x is {x.dtype} {tuple(x.shape)}: expected float (N, 3, H, W), RGB in [0, 1]')
-        rows, cols = self.window(*x.shape[2:])
-        x = x[..., rows, cols].to(self.mean.dtype)
-        if self.size: x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True, align_corners=False)
-        return ((x - self.mean)/self.std).contiguous(memory_format=self.layout)
+# %% ../nbs/foundation/11_classifier.ipynb #2d93be61
+@patch
+def preprocess(self:Classifier, x):
+    "Images (N, 3, H, W) in [0, 1] to what the network sees."
+    if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+        raise ValueError(f'x is {x.dtype} {tuple(x.shape)}: expected float (N, 3, H, W), RGB in [0, 1]')
+    rows, cols = self.window(*x.shape[2:])
+    x = x[..., rows, cols].to(self.mean.dtype)
+    if self.size: x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True, align_corners=False)
+    return ((x - self.mean)/self.std).contiguous(memory_format=self.layout)
 
 # %% ../nbs/foundation/11_classifier.ipynb #52fab2ba
 @patch
@@ -181,6 +187,7 @@ def _ask_network(self:Classifier, z):
         if hooks: self.needs_tape = True
     return self._ask_network(z.contiguous(memory_format=self.layout))
 
+# %% ../nbs/foundation/11_classifier.ipynb #6b714d6d
 @patch
 def inside(self:Classifier, h, w):
     "What the network sees of an h×w image, (h, w) bool on its device."
@@ -219,6 +226,9 @@ def evaluating(
             for m, training in modes: m.training = training
 
 # %% ../nbs/foundation/11_classifier.ipynb #1452c396
+#| export
+
+# %% ../nbs/foundation/11_classifier.ipynb #7e7c2ea2
 def check_model(model):
     "Raise `ValueError` if `model` is not a `Classifier`."
     if not isinstance(model, Classifier):
@@ -240,6 +250,7 @@ def predict(
     model.seen = True
     return z
 
+# %% ../nbs/foundation/11_classifier.ipynb #8e38a3b4
 def _warn_of_probabilities(model, z):
     "A softmax or sigmoid inside the network makes log-odds of probabilities: a number without a name."
     one_logit = z.shape[1] == 2 and bool((z[:, 0] == -z[:, 1]).all())
@@ -263,6 +274,7 @@ def get_layer(
         known = model.layers or [n for n, m in model.net.named_modules() if isinstance(m, nn.Conv2d)][-4:]
         raise ValueError(f'layer {layer!r}: not in this model; try one of {", ".join(known)}') from e
 
+# %% ../nbs/foundation/11_classifier.ipynb #f91e0a03
 def chosen_layers(
     model:Classifier,
     layer=None # a name, several names, or None: the last of `model.layers`
@@ -292,6 +304,7 @@ def grid(self:Classifier,
                          f"say how it folds, Classifier(net, layers={{{layer!r}: function to (N, C, h, w)}})")
     return found
 
+# %% ../nbs/foundation/11_classifier.ipynb #caacc3e5
 @patch
 def _patch(self:Classifier):
     "Side of the patches that the first convolution cuts, or None: (height, width)."
@@ -299,6 +312,7 @@ def _patch(self:Classifier):
     cuts = first is not None and first.kernel_size == first.stride and max(first.stride) > 1
     return first.kernel_size if cuts else None
 
+# %% ../nbs/foundation/11_classifier.ipynb #ddb04abe
 def _is_grid(h, w, height, width):
     "Is h×w the size of a height×width image after some stride?"
     down, up = lambda s: (height//s, width//s), lambda s: (-(-height//s), -(-width//s))
