@@ -255,7 +255,7 @@ def keep_memory(
 # %% ../nbs/foundation/00_core.ipynb #bc6555db
 def _buffers_are_kept():
     touch = lambda: torch.ones(2**22, dtype=torch.float32)   # 16 MB
-    return min(page_faults(touch) for _ in range(6)) < 400  # of the 4,096 pages that a fresh buffer costs
+    return any(page_faults(touch) < 400 for _ in range(20))  # of the 4,096 pages that a fresh buffer costs
 
 # %% ../nbs/foundation/00_core.ipynb #092db66a
 def idle_ms() -> float:
@@ -280,11 +280,14 @@ _parked = set()   # libraries that have a team which sleeps
 
 def _park(library, threads):
     "Start a team of `threads` that do nothing, and keep it."
+    started = Event()
     def sleep():
         nothing = ctypes.cast(library.omp_get_num_threads, ctypes.c_void_p)
         library.GOMP_parallel(nothing, None, threads, 0)
-        Event().wait()
+        started.set()
+        Event().wait()   # for ever
     Thread(target=sleep, daemon=True, name='pcam_tp parks OpenMP threads').start()
+    started.wait()
 
 def sleep_when_idle():
     "Let OpenMP's waiting threads sleep after microseconds instead of spinning (GNU OpenMP; elsewhere nothing happens)."
