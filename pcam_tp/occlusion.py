@@ -27,13 +27,14 @@ def window_starts(
     window=16, # side of a window in pixels, or (height, width)
     stride=8 # step in pixels, or (down, right)
 ) -> tuple: # first rows and first columns: two lists
-    """Where windows begin: every `stride` pixels, and once more flush with the border where the stride does not get there.
+    """Where windows begin: every `stride` pixels, and once more flush with the border where that leaves a rest.
     Raises `ValueError` for what leaves gaps."""
     size, step = _pair('window', window), _pair('stride', stride)
     if any(w > n for w, n in zip(size, shape)):
         raise ValueError(f'window is {size}: expected at most the size of the images, {tuple(shape)}')
     if any(s > w for s, w in zip(step, size)):
-        raise ValueError(f'stride is {step}: expected at most the window, {size}; pixels between windows would never be hidden')
+        raise ValueError(f'stride is {step}: expected at most the window, {size}; '
+                         'pixels between windows would never be hidden')
     rows, cols = [sorted({*range(0, n - w + 1, s), n - w}) for n, w, s in zip(shape, size, step)]
     return rows, cols
 
@@ -51,10 +52,11 @@ def paint_windows(
     shape:tuple, # (H, W) of the maps
     window=16, stride=8 # see `window_starts`
 ) -> torch.Tensor: # (N, H, W)
-    "Give each pixel the mean of the values of all windows that cover it. `ValueError` if there are more or fewer values than windows."
+    "Give each pixel the mean of the values of all windows that cover it. `ValueError` unless each window has a value."
     rows, cols = _covered(shape, window, stride, values.device)
     if values.shape[1:] != (len(rows), len(cols)):
-        raise ValueError(f'values have shape {tuple(values.shape)}: expected (N, {len(rows)}, {len(cols)}), one for each window')
+        raise ValueError(f'values have shape {tuple(values.shape)}: expected (N, {len(rows)}, {len(cols)}), '
+                         'one for each window')
     with autocast(values.device):
         total = torch.einsum('nrc,rh,cw->nhw', values, rows.to(values.dtype), cols.to(values.dtype))
     return total/(rows.sum(0)[:, None]*cols.sum(0))
@@ -85,7 +87,7 @@ def occlusion(q,
 
 # %% ../nbs/05_occlusion.ipynb #77321dca
 def _stretched(cells, size, n):
-    "What each of `cells` + 1 grid points gives to each of n pixels, for every shift of 0 to `size` − 1 pixels, (size, cells + 1, n)."
+    "What `cells` + 1 grid points give to each of n pixels, for every shift below `size` pixels, (size, cells + 1, n)."
     points = torch.eye(cells + 1, dtype=torch.float32)[None]
     line = F.interpolate(points, (cells + 1)*size, mode='linear', align_corners=False)[0]
     return line.unfold(1, n, 1)[:, :size].transpose(0, 1).contiguous()
@@ -122,7 +124,8 @@ def rise(q,
     p:float=.5 # share of cells that stay visible
 ):
     """RISE (Petsiuk et al. 2018) with the mean score subtracted, in units of the score.
-    Signed: positive = the score is higher when the pixel is visible. `details`: 'scores' (N, n_masks) of the masked images."""
+    Signed: positive = the score is higher when the pixel is visible.
+    `details`: 'scores' (N, n_masks) of the masked images."""
     masks, b = _RandomMasks(_rise_passes(n_masks, cells, p), cells, p, q.x.shape[2:], q.seed, q.device), q.baseline()
     scores = q.scores(lambda i, j: torch.lerp(b[i], q.x[i], masks[j][:, None]), n_masks)
     weights = (scores - scores.mean(1, keepdim=True))/(n_masks*p)
