@@ -1,23 +1,68 @@
-"""One arm of a benchmark, alone in a fresh process: `python benchmarks/arms.py ARM` prints the seconds of its work.
+"""One arm of a benchmark, alone in a fresh process: prints the seconds of its work.
 
 Allocator and threads are settings of a whole process, so two arms must never share one.
+
+examples
+  python benchmarks/arms.py occlusion_resnet18_ours
+  python benchmarks/arms.py integrated_gradients_small_cnn_best --device cuda
+  python benchmarks/arms.py train_small_cnn --device cuda --quick
 """
-import sys
+import argparse
 import time
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pcam_tp.core import BUDGETS, home, make_once, setup
+from pcam_tp import core
+from pcam_tp.core import BUDGETS, best_device, home, make_once
 from pcam_tp.synthetic import synthetic_folder
 
-BATCH, STEPS, PATCHES = 64, 3, 32
+DEVICES = 'cpu', 'cuda', 'mps'
 ARMS = {}
+METHODS = dict(integrated_gradients='integrated_gradients', smoothgrad='saliency', occlusion='occlusion',
+               rise='occlusion', lime='superpixels')   # explainer → its module
+NETWORKS = 'small_cnn', 'resnet18'
+COURSE = dict(width=.5, dropout=.3)   # small_cnn as the course trains it
+OPTIONS = dict(integrated_gradients=dict(n_steps=50), smoothgrad=dict(n_samples=25, noise=.15),
+               occlusion=dict(window=16, stride=8), rise=dict(n_masks=2000), lime=dict(n_samples=1000))
+TINY = dict(integrated_gradients=dict(n_steps=2), smoothgrad=dict(n_samples=2, noise=.15),
+            occlusion=dict(window=48, stride=48), rise=dict(n_masks=4), lime=dict(n_samples=8))
+
+
+def sizes(device, quick=False):
+    "How much work there is: enough for a clock, and on a GPU enough to fill it; with `quick`, hardly any."
+    s = dict(rows=20_000, batch=64, steps=1, epochs=6, patches=32, images=2, fewer=dict(rise=1, lime=1),
+             batches=(8, 16, 32, 64), library=32, bare=200, repeats=1, width=1., options=OPTIONS)
+    if device == 'mps': s |= dict(patches=64, images=4, batches=(32, 64, 128, 256))
+    if device == 'cuda':
+        s |= dict(steps=50, patches=256, images=16, fewer=dict(lime=4), batches=(32, 64, 128, 256, 512, 1024),
+                  bare=4_096, repeats=3)
+    if quick:
+        s |= dict(rows=200, batch=8, steps=2, epochs=2, patches=4, images=2, fewer={}, batches=(4, 8), library=4,
+                  bare=8, repeats=1, width=.1, options=TINY)
+    return SimpleNamespace(device=torch.device(device), quick=quick, **s)
+
+
+S = sizes('cpu')
+
+
+def use(device, quick=False):
+    "From now on arms run on `device`; nobody's float32 is TF32."
+    global S
+    S = sizes(device, quick)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def setup(**options):
+    "The project's own settings, for our arms; peers run in a plain process."
+    return core.setup(device=S.device, verbose=False, **options)
 
 
 def arm(f):
@@ -30,14 +75,20 @@ def folder():
     return synthetic_folder({s: BUDGETS['quick'][f'n_{s}'] for s in ('train', 'valid', 'test')})
 
 
+def clock():
+    "The time when the device has done all that it was told."
+    if S.device.type != 'cpu': getattr(torch, S.device.type).synchronize()
+    return time.perf_counter()
+
+
 def seconds(work, repeats=3):
     "The fastest of `repeats` calls after one that warms up."
     work()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return min(times)
 
 
@@ -46,8 +97,8 @@ def seconds(work, repeats=3):
 @arm
 def batches_ours():
     from pcam_tp.data import Batches, open_split
-    setup(verbose=False)
-    batches = Batches(open_split('train', folder()), BATCH, shuffle=True)
+    setup()
+    batches = Batches(open_split('train', folder()), 64, shuffle=True)
     return seconds(lambda: [None for _ in batches])
 
 
@@ -55,13 +106,13 @@ def batches_ours():
 def batches_ram():
     "The same batches from an array that lies in memory as a whole."
     from pcam_tp.data import open_split, to_float
-    setup(verbose=False)
+    setup()
     split = open_split('train', folder())
     x, y, rng = split.raw[:], torch.from_numpy(split.y), np.random.default_rng(0)
 
     def epoch():
         order = rng.permutation(len(x))
-        for i in range(0, len(x), BATCH): yield to_float(x[order[i:i + BATCH]]), y[order[i:i + BATCH]]
+        for i in range(0, len(x), 64): yield to_float(x[order[i:i + 64]]), y[order[i:i + 64]]
     return seconds(lambda: [None for _ in epoch()])
 
 
@@ -72,27 +123,32 @@ def batches_torchvision():
     from torchvision.transforms import ToTensor
     with TemporaryDirectory() as root:
         (Path(root)/'pcam').symlink_to(folder())
-        loader = DataLoader(PCAM(root, 'train', transform=ToTensor()), BATCH, shuffle=True)
+        loader = DataLoader(PCAM(root, 'train', transform=ToTensor()), 64, shuffle=True)
         return seconds(lambda: [None for _ in loader], repeats=1)
 
 
-# 2,000 of 20,000 patches into a file of their own, in random order, from three layouts
+# A tenth of 20,000 patches into a file of their own, in random order, from three layouts
 
 LAYOUTS = dict(contiguous={}, rows=dict(chunks=(1, 96, 96, 3), compression='gzip'), blocks=dict(compression='gzip'))
-CUT = np.random.default_rng(1).permutation(20_000)[:2_000]
+
+
+def chosen(): return np.random.default_rng(1).permutation(S.rows)[:S.rows//10]
 
 
 def stored(name):
-    "A file with 20,000 patches, made once: 2,000 synthetic ones, each copy with its own noise in the three lowest bits."
+    "A file of 20,000 patches, made once: copies of 2,000 synthetic ones with noise of their own in the lowest bits."
     def write(path):
         from pcam_tp.data import raw_file
         from pcam_tp.storage import read_rows
-        base, rng = read_rows(raw_file(folder(), 'train', 'x'), 'x', slice(2_000)) & 0b11111000, np.random.default_rng(0)
+        base = read_rows(raw_file(folder(), 'train', 'x'), 'x', slice(S.rows//10)) & 0b11111000
+        rng = np.random.default_rng(0)
         with h5py.File(path, 'w') as f:
-            x = f.create_dataset('x', (20_000, 96, 96, 3), 'uint8', **LAYOUTS[name])
+            x = f.create_dataset('x', (S.rows, 96, 96, 3), 'uint8', **LAYOUTS[name])
             step = x.chunks[0] if name == 'blocks' else len(base)
-            for i in range(0, len(x), step): x[i:i + step] = base[np.arange(i, i + step) % len(base)] | rng.integers(0, 8, (step, 96, 96, 3), np.uint8)
-    return make_once(home('data', 'benchmark')/f'{name}.h5', write)
+            for i in range(0, len(x), step):
+                rows = np.arange(i, min(i + step, len(x)))
+                x[rows[0]:rows[-1] + 1] = base[rows % len(base)] | rng.integers(0, 8, (len(rows), 96, 96, 3), np.uint8)
+    return make_once(home('data', 'benchmark')/f'{"quick-"*S.quick}{name}.h5', write)
 
 
 def cut(name, work, repeats=3):
@@ -103,23 +159,23 @@ def cut(name, work, repeats=3):
     with TemporaryDirectory(dir=source.parent) as tmp:
         times = []
         for i in range(repeats):
-            start = time.perf_counter()
+            start = clock()
             work(source, Path(tmp)/f'{i}.h5')
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
     return min(times)
 
 
-def _one_by_one(source, out, rows=CUT):
+def _one_by_one(source, out, most=None):
     "One read and one append to a gzip array for each patch."
     with h5py.File(source) as f, h5py.File(out, 'w') as g:
-        x = g.create_dataset('x', (0, 96, 96, 3), 'uint8', maxshape=(None, 96, 96, 3), chunks=(1, 96, 96, 3), compression='gzip')
-        for i, row in enumerate(rows):
+        x = g.create_dataset('x', (0, 96, 96, 3), 'uint8', maxshape=(None, 96, 96, 3), **LAYOUTS['rows'])
+        for i, row in enumerate(chosen()[:most]):
             x.resize(i + 1, 0)
             x[i] = f['x'][row]
 
 
 def _whole(source, out):
-    with h5py.File(source) as f, h5py.File(out, 'w') as g: g['x'] = f['x'][:][CUT]
+    with h5py.File(source) as f, h5py.File(out, 'w') as g: g['x'] = f['x'][:][chosen()]
 
 
 def _pass(source, out):
@@ -130,144 +186,208 @@ def _pass(source, out):
 
 def _cut_ours(source, out):
     from pcam_tp.storage import write_subset
-    write_subset(source, out, CUT)
+    write_subset(source, out, chosen())
 
 
-for name in LAYOUTS: ARMS[f'cut_{name}_ours'] = lambda name=name: cut(name, _cut_ours, 1 if name == 'blocks' else 3)
-for name in ('contiguous', 'rows'): ARMS[f'cut_{name}_one_by_one'] = lambda name=name: cut(name, _one_by_one, 1)
-ARMS['cut_blocks_one_by_one'] = lambda: len(CUT)/20*cut('blocks', lambda source, out: _one_by_one(source, out, CUT[:20]), 1)
-ARMS['cut_blocks_whole'] = lambda: cut('blocks', _whole, 1)
-ARMS['cut_blocks_pass'] = lambda: cut('blocks', _pass, 1)
+for name in LAYOUTS: ARMS[f'cut_{name}_ours'] = partial(cut, name, _cut_ours, 1 if name == 'blocks' else 3)
+for name in ('contiguous', 'rows'): ARMS[f'cut_{name}_one_by_one'] = partial(cut, name, _one_by_one, 1)
+ARMS['cut_blocks_one_by_one'] = lambda: len(chosen())/20*cut('blocks', partial(_one_by_one, most=20), 1)
+ARMS['cut_blocks_whole'] = partial(cut, 'blocks', _whole, 1)
+ARMS['cut_blocks_pass'] = partial(cut, 'blocks', _pass, 1)
 
 
-# A training step
+# A training step, and an epoch of `train`
 
-def _step(model, precision, layout):
-    model = model.train().to(memory_format=layout)
-    opt = torch.optim.AdamW(model.parameters())
-    x, y = torch.rand(BATCH, 3, 96, 96).contiguous(memory_format=layout), torch.randint(0, 2, (BATCH,))
+def _network(name, **options):
+    "A network on the device; hardly any with --quick."
+    from pcam_tp.models import build
+    if S.quick and name == 'small_cnn': options['width'] = S.width
+    return build(name, **options).to(S.device)
+
+
+def _step(name, layout, precision='no', options={}, **adam):
+    "Seconds of a step of the bare network on one batch that lies on the device."
+    model = _network(name, **options).net.train().to(memory_format=layout)
+    opt = torch.optim.AdamW(model.parameters(), **adam)
+    x = torch.rand(S.batch, 3, 96, 96, device=S.device).contiguous(memory_format=layout)
+    y, low = torch.randint(0, 2, (S.batch,), device=S.device), dict(bf16=torch.bfloat16, fp16=torch.float16)
 
     def step():
-        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'): loss = F.cross_entropy(model(x).float(), y)
-        loss.backward()
+        with torch.autocast(S.device.type, low.get(precision), enabled=precision in low): logits = model(x)
+        F.cross_entropy(logits.float(), y).backward()
         opt.step()
         opt.zero_grad()
-    return seconds(step, STEPS)
+    return seconds(lambda: [step() for _ in range(S.steps)])/S.steps
 
 
-def _network(name):
-    "The bare network, in fp32 and PyTorch's default layout."
-    from pcam_tp.models import build
-    return build(name).net.to(memory_format=torch.contiguous_format)
-
-
-for name in ('small_cnn', 'resnet18'):
-    def plain(name=name): return _step(_network(name), 'no', torch.contiguous_format)
-    def fp32(name=name): return _step(_network(name), setup(precision='no', verbose=False).precision, torch.channels_last)
-    def default(name=name): return _step(_network(name), setup(verbose=False).precision, torch.channels_last)
+for name in NETWORKS:
+    def plain(name=name): return _step(name, torch.contiguous_format)
+    def fp32(name=name): return _step(name, torch.channels_last, setup(precision='no').precision)
+    def default(name=name): return _step(name, torch.channels_last, setup().precision)
     ARMS.update({f'step_{name}_plain': plain, f'step_{name}_fp32': fp32, f'step_{name}_default': default})
+
+
+def epoch_steps():
+    "Batches in an epoch: all full ones."
+    return (128 if S.quick else BUDGETS['quick']['n_train'])//S.batch
+
+
+@arm
+def train_small_cnn():
+    "An epoch of `train` with the course's small_cnn and the full budget's recipe: the fastest after the first."
+    from pcam_tp.data import open_split, subset
+    from pcam_tp.training import train
+    setup()
+    learn, watch = (open_split(s, folder()) for s in ('train', 'valid'))
+    if S.quick: learn, watch = subset(learn, 128), subset(watch, 32)
+    recipe = dict(batch_size=S.batch, stain=BUDGETS['full']['stain'])
+    return train(_network('small_cnn', **COURSE), learn, watch, S.epochs, device=S.device, **recipe).seconds[1:].min()
+
+
+@arm
+def train_small_cnn_bare():
+    "As many steps of the same network on one batch that lies on the device: no loading, no augmentation."
+    fused = S.device.type == 'cuda'
+    return epoch_steps()*_step('small_cnn', torch.channels_last, setup().precision, COURSE, fused=fused)
 
 
 # Four class activation maps of each patch, fp32
 
-def _cam_model(name):
-    from pcam_tp.models import build
-    return build(name).eval(), torch.rand(PATCHES, 3, 96, 96)
+def _cam_scene(name): return _network(name).eval(), torch.rand(S.patches, 3, 96, 96).to(S.device)
 
 
 def _cam_ours(name):
     from pcam_tp.cam import CAMS
     from pcam_tp.questions import answers
-    setup(verbose=False)
-    model, x = _cam_model(name)
+    setup()
+    model, x = _cam_scene(name)
     return seconds(lambda: answers(CAMS, model, x, 1, score='logit'))
 
 
-def _cam_library(name, batch):
+def _cam_library(name, single=False):
+    "The library's four explainers, one patch at a time or in batches of 32."
     from pytorch_grad_cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     from pcam_tp.classifier import get_layer
-    model, x = _cam_model(name)
+    model, x = _cam_scene(name)
     model = model.to(memory_format=torch.contiguous_format)
-    explainers = [C(model=model, target_layers=[get_layer(model, model.layers[-1])]) for C in (GradCAM, HiResCAM, GradCAMPlusPlus, LayerCAM)]
+    layers = [get_layer(model, model.layers[-1])]
+    explainers = [C(model=model, target_layers=layers) for C in (GradCAM, HiResCAM, GradCAMPlusPlus, LayerCAM)]
 
     def work():
-        for xb in x.split(batch):
+        for xb in x.split(1 if single else S.library):
             for e in explainers: e(input_tensor=xb, targets=[ClassifierOutputTarget(1)]*len(xb))
-    return seconds(work)
+    return seconds(work, 3 if S.device.type == 'cpu' else 1)
 
 
-for name in ('small_cnn', 'resnet18'):
-    ARMS.update({f'cam_{name}_ours': lambda name=name: _cam_ours(name),
-                 f'cam_{name}_single': lambda name=name: _cam_library(name, 1),
-                 f'cam_{name}_batch': lambda name=name: _cam_library(name, PATCHES)})
+for name in NETWORKS:
+    ARMS.update({f'cam_{name}_ours': partial(_cam_ours, name), f'cam_{name}_batch': partial(_cam_library, name),
+                 f'cam_{name}_single': partial(_cam_library, name, single=True)})
 
 
-# Explanations by many passes: ours, in bf16, the library's at our batch size, at its defaults, and the bare passes
+# Explanations by many passes, hidden pixels white: ours at its defaults, in fp32 and in bf16; the library's at its
+# defaults, in batches of 32 images and at its best batch; the bare passes at their best batch
 
-IMAGES, BATCHES = 2, (8, 16, 32, 64)
-WORK = dict(integrated_gradients=(50, True), smoothgrad=(25, True), occlusion=(121, False), lime=(1000, False))   # passes, with gradients?
+def _explainer(method): return getattr(import_module(f'pcam_tp.{METHODS[method]}'), method)
+
+
+def images(method): return S.fewer.get(method, S.images)
 
 
 def _scene(method, name, layout=torch.channels_last):
-    from pcam_tp.models import build
     torch.manual_seed(0)
-    x = torch.rand(1 if method == 'lime' else IMAGES, 3, 96, 96)
-    return build(name).eval().to(memory_format=layout), F.interpolate(F.avg_pool2d(x, 8), (96, 96), mode='bicubic').clamp(0, 1)
+    x = F.interpolate(F.avg_pool2d(torch.rand(images(method), 3, 96, 96), 8), (96, 96), mode='bicubic').clamp(0, 1)
+    return _network(name).eval().to(memory_format=layout), x.to(S.device)
 
 
 def _explained(method, name, precision):
-    from pcam_tp.methods import METHODS
-    setup(verbose=False)
+    explain = _explainer(method)
+    setup()
     model, x = _scene(method, name)
-    return seconds(lambda: METHODS[method](model, x, 1, score='probability' if method == 'lime' else 'logit', precision=precision), 1)
+    options = dict(score='probability' if method == 'lime' else 'logit', precision=precision, **S.options[method])
+    return seconds(lambda: explain(model, x, 1, **options), S.repeats)
 
 
-def _bare(method, name, most=200):
-    "As many passes as the method needs with no method around them, at the best batch size; from `most` of them."
-    setup(verbose=False)
+def _bare(method, name):
+    "As many passes as the method needs with no method around them, at the best batch size; from `S.bare` of them."
+    explain = _explainer(method)
+    setup()
     model, x = _scene(method, name)
-    passes, backward = WORK[method]
-    total = passes*len(x)
+    total = len(x)*explain.passes(x.shape[2:], **S.options[method])
+    some = min(total, S.bare)
 
     def work(batch):
-        for n in range(0, min(total, most), batch):
-            images = x[:1].expand(min(batch, min(total, most) - n), -1, -1, -1).contiguous(memory_format=torch.channels_last)
-            with torch.set_grad_enabled(backward): out = model(images.requires_grad_(backward))
-            if backward: torch.autograd.grad(out[:, 1].sum(), images)
-    return total/min(total, most)*min(seconds(lambda: work(b), 1) for b in BATCHES)
+        for n in range(0, some, batch):
+            size = min(batch, some - n), -1, -1, -1
+            one = x[:1].expand(size).contiguous(memory_format=torch.channels_last).requires_grad_(explain.backward)
+            with torch.set_grad_enabled(explain.backward): out = model(one)
+            if explain.backward: torch.autograd.grad(out[:, 1].sum(), one)
+    return total/some*min(seconds(partial(work, b), S.repeats) for b in S.batches)
 
 
-def _library(method, name, same):
-    "captum's or lime's own code in a plain process; with `same`, batches of 32 images, as ours, else its defaults."
-    import captum.attr
+def _library(method, name, batches):
+    "The fastest of captum's or lime's own code with each of `batches` images a pass; None is the library's default."
     model, x = _scene(method, name, torch.contiguous_format)
-    if method == 'lime': return _lime_library(model, x, dict(batch_size=32) if same else {})
-    if method == 'integrated_gradients':
-        call = lambda: captum.attr.IntegratedGradients(model).attribute(x, target=1, n_steps=50, **(dict(internal_batch_size=32) if same else {}))
-    elif method == 'occlusion':
-        call = lambda: captum.attr.Occlusion(model).attribute(x, (3, 16, 16), (3, 8, 8), target=1, **(dict(perturbations_per_eval=32//IMAGES) if same else {}))
+    call = dict(lime=_lime_library).get(method, _captum)(method, model, x)
+    return min(seconds(partial(call, batch), S.repeats) for batch in batches)
+
+
+def _captum(method, model, x):
+    "`call(batch)`: captum's counterpart, with a baseline of white pixels as ours."
+    import captum.attr
+    o = S.options[method]
+    if method == 'smoothgrad':
+        f = captum.attr.NoiseTunnel(captum.attr.Saliency(model)).attribute
+        given = dict(nt_samples=o['n_samples'], stdevs=o['noise'], abs=False)
+    elif method == 'integrated_gradients':
+        f, given = captum.attr.IntegratedGradients(model).attribute, dict(n_steps=o['n_steps'], baselines=1.)
     else:
-        tunnel = captum.attr.NoiseTunnel(captum.attr.Saliency(model))
-        call = lambda: tunnel.attribute(x, nt_samples=25, stdevs=.15, target=1, abs=False, **(dict(nt_samples_batch_size=32//IMAGES) if same else {}))
-    return seconds(call, 1)
+        f, given = captum.attr.Occlusion(model).attribute, dict(baselines=1., strides=(3, *[o['stride']]*2),
+                                                               sliding_window_shapes=(3, *[o['window']]*2))
+
+    def batched(batch):
+        if batch is None: return {}
+        if method == 'integrated_gradients': return dict(internal_batch_size=batch)
+        key = 'nt_samples_batch_size' if method == 'smoothgrad' else 'perturbations_per_eval'
+        return {key: max(1, batch//len(x))}
+    return lambda batch: f(x, target=1, **given, **batched(batch))
 
 
-def _lime_library(model, x, options):
-    import lime.lime_image
-    image = (255*x[0]).byte().permute(1, 2, 0).numpy()
+def _lime_library(method, model, x):
+    "`call(batch)`: the library lime, superpixels hidden white."
+    from lime.lime_image import LimeImageExplainer
+    patches = (255*x).byte().permute(0, 2, 3, 1).cpu().numpy()
 
-    def probabilities(images):
-        with torch.no_grad(): return model(torch.from_numpy(images).permute(0, 3, 1, 2).float()/255).softmax(1).numpy()
-    return seconds(lambda: lime.lime_image.LimeImageExplainer(random_state=0).explain_instance(image, probabilities, labels=(1,), top_labels=None, num_samples=1000, **options), 1)
+    def probabilities(a):
+        with torch.no_grad(): z = model(torch.from_numpy(a).to(S.device).permute(0, 3, 1, 2).float()/255)
+        return z.softmax(1).cpu().numpy()
+
+    def call(batch):
+        given = dict(labels=(1,), top_labels=None, hide_color=255, num_samples=S.options['lime']['n_samples'])
+        given |= {} if batch is None else dict(batch_size=batch)
+        for p in patches: LimeImageExplainer(random_state=0).explain_instance(p, probabilities, **given)
+    return call
 
 
-for method in WORK:
-    for name in ('small_cnn', 'resnet18'):
-        arms = dict(ours=partial(_explained, precision='fp32'), fast=partial(_explained, precision='bf16'), bare=_bare,
-                    same=partial(_library, same=True), library=partial(_library, same=False))
+for method in METHODS:
+    for name in NETWORKS:
+        arms = dict(ours=partial(_explained, precision='fp32'), fast=partial(_explained, precision='bf16'), bare=_bare)
+        if method != 'rise':   # no library here has it
+            arms |= dict(library=partial(_library, batches=(None,)),
+                         same=lambda *a: _library(*a, batches=(S.library,)),
+                         best=lambda *a: _library(*a, batches=S.batches))
         ARMS.update({f'{method}_{name}_{k}': partial(f, method, name) for k, f in arms.items()})
 
 
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('arm', choices=ARMS, metavar='ARM', help=f'one of {", ".join(ARMS)}')
+    parser.add_argument('--device', choices=DEVICES, default=best_device().type, help='the best there is by default')
+    parser.add_argument('--quick', action='store_true', help='hardly any work: shows that the arm runs')
+    args = parser.parse_args()
+    use(args.device, args.quick)
+    print(ARMS[args.arm]())
+
+
 if __name__ == '__main__':
-    print(ARMS[sys.argv[1]]())
+    main()
