@@ -8,6 +8,7 @@ __all__ = ['data_folder', 'Split', 'open_split', 'subset', 'cut', 'open_splits',
 
 # %% ../nbs/foundation/10_data.ipynb #40897174
 import hashlib, os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -397,16 +398,16 @@ def overview(
 
 # %% ../nbs/foundation/10_data.ipynb #61a263e2
 def to_float(
-    x:np.ndarray, # patches (N, H, W, 3) uint8
+    x, # patches (N, H, W, 3) uint8; a tensor of them may be on the device already
     device='cpu'
 ) -> torch.Tensor: # (N, 3, H, W) float32 in [0, 1], channels_last
     "Move bytes to the device and convert them there. Raises `ValueError` for other types."
-    x = np.ascontiguousarray(x)
-    if x.dtype != np.uint8 or x.ndim != 4:
-        raise ValueError(f'x is {x.dtype} {x.shape}: expected patches (N, H, W, 3) uint8, 0 to 255. '
+    if not torch.is_tensor(x): x = np.ascontiguousarray(x)
+    if str(x.dtype).removeprefix('torch.') != 'uint8' or x.ndim != 4:
+        raise ValueError(f'x is {x.dtype} {tuple(x.shape)}: expected patches (N, H, W, 3) uint8, 0 to 255. '
                          'Images in [0, 1] need torch.from_numpy(x).permute(0, 3, 1, 2).float() only; '
                          "others become bytes by x.round().clip(0, 255).astype('uint8')")
-    return torch.from_numpy(x).to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+    return torch.as_tensor(x).to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
 
 # %% ../nbs/foundation/10_data.ipynb #e0123d5f
 class Batches:
@@ -423,12 +424,50 @@ class Batches:
         if batch_size < part[1]:
             raise ValueError(f'batch_size is {batch_size}: expected at least {part[1]}, one patch for each process')
         self.split, self.batch_size, self.shuffle, self.seed = split, batch_size, shuffle, seed
-        self.device, self.drop_last, self.part, self.epoch = device, drop_last, part, 0
-        self._y = torch.from_numpy(split.y)
+        self.device, self.drop_last, self.part, self.epoch = torch.device(device), drop_last, part, 0
+        self._y, self._kept, self._is_kept = split.y, None, np.zeros(len(split), bool)   # see `_on_cuda`
 
     def __len__(self):
         n = len(self.split)
         return n//self.batch_size if self.drop_last else -(-n//self.batch_size)
+
+# %% ../nbs/foundation/10_data.ipynb #b90aa5b0
+def _ahead(read, parts):
+    "`read(part)` for one part after the other, the next one in a thread while the last one is used."
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for part in parts:
+            ready, coming = coming and coming.result(), pool.submit(read, part)
+            if ready is not None: yield ready
+        if coming: yield coming.result()
+
+def _send(a, device):
+    "An array to a device; to CUDA from pinned memory, and nobody waits for it."
+    t = torch.from_numpy(a)
+    return t.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else t.to(device)
+
+# %% ../nbs/foundation/10_data.ipynb #32f8f6af
+@patch
+def _fits(self:Batches):
+    "Do the bytes of the split take no more than a quarter of the device's free memory?"
+    return len(self.split)*3*self.split.side**2 <= torch.cuda.mem_get_info(self.device)[0]/4
+
+@patch
+def _on_cuda(self:Batches, parts):
+    "Bytes of each part of the order, on the device; of a shuffled split that fits, each patch is read once."
+    if self.shuffle and self._kept is None and self._fits():
+        shape = len(self.split), *self.split.raw.shape[1:]
+        with torch.inference_mode(False): self._kept = torch.empty(shape, dtype=torch.uint8, device=self.device)
+    def read(part):
+        lacking = part[~self._is_kept[part]]
+        return lacking, torch.from_numpy(self.split.patches(lacking)).pin_memory()
+    for part, (lacking, x) in zip(parts, _ahead(read, parts)):
+        x = x.to(self.device, non_blocking=True)
+        if self._kept is not None:
+            self._kept[_send(lacking, self.device)] = x
+            self._is_kept[lacking] = True
+            x = self._kept[_send(part, self.device)]
+        yield x
 
 # %% ../nbs/foundation/10_data.ipynb #bb98d850
 @patch
@@ -436,6 +475,7 @@ def __iter__(self:Batches):
     n = len(self.split)
     order = np.random.default_rng([self.seed, self.epoch]).permutation(n) if self.shuffle else np.arange(n)
     self.epoch += 1
-    for b in range(len(self)):
-        index = order[b*self.batch_size:(b + 1)*self.batch_size][self.part[0]::self.part[1]]
-        yield to_float(self.split.patches(index), self.device), self._y[index].to(self.device)
+    k, step = self.part
+    parts = [order[b*self.batch_size:(b + 1)*self.batch_size][k::step] for b in range(len(self))]
+    patches = self._on_cuda(parts) if self.device.type == 'cuda' else map(self.split.patches, parts)
+    for part, x in zip(parts, patches): yield to_float(x, self.device), _send(self._y[part], self.device)

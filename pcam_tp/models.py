@@ -122,15 +122,20 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = arch.make(n_classes, **options) if arch.make else _torchvision(name, n_classes, state)
-    sees = getattr(net, 'image_size', None)
-    if sees and sees != geometry['size']:
-        raise ValueError(f"geometry says size={geometry['size']}: {name} takes {sees} pixels only")
+    _check_size(name, net, geometry)
     card = dict(name=name, n_classes=n_classes, seed=seed, classes=classes, geometry=geometry, options=options,
                 pretrained=state is not None, freeze=False)
     model = Classifier(net, arch.layers.split(), classes=classes, **geometry)
     model.card, model.head = json.loads(json.dumps(card)), arch.head
     if freeze: model.freeze()
     return model.to(memory_format=torch.channels_last)
+
+# %% ../nbs/01_models.ipynb #4c062699
+def _check_size(name, net, geometry):
+    "Raise `ValueError` where a network takes images of one size, and would get another."
+    sees = getattr(net, 'image_size', None)
+    if sees and sees != geometry['size']:
+        raise ValueError(f"geometry says size={geometry['size']}: {name} takes {sees} pixels only")
 
 # %% ../nbs/01_models.ipynb #9f7ad452
 def _check(name, n_classes, classes, geometry, pretrained, options):
@@ -143,7 +148,8 @@ def _check(name, n_classes, classes, geometry, pretrained, options):
         unknown = [k for k in given if k not in known]
         if unknown: raise ValueError(f'{name} has no {kind} {", ".join(unknown)}: it takes {", ".join(known)}')
     if pretrained and arch.make:
-        raise ValueError(f'{name} has no ImageNet weights: {", ".join(n for n, a in MODELS.items() if not a.make)} have')
+        have = ', '.join(n for n, a in MODELS.items() if not a.make)
+        raise ValueError(f'{name} has no ImageNet weights: {have} have')
     classes = classes or (CLASSES if n_classes == 2 else [f'class {k}' for k in range(n_classes)])
     if len(classes) != n_classes:
         raise ValueError(f'classes {list(classes)}: expected a name for each of the {n_classes} logits')

@@ -230,6 +230,7 @@ def train(
     with torch.random.fork_rng(devices=[0] if accelerator.device.type == 'cuda' else []):
         return _run(_Run(model.to(accelerator.device), train, recipe, accelerator), valid, checkpoint)
 
+# %% ../nbs/foundation/14_training.ipynb #3e65349d
 def _check_run(model, train, recipe):
     "Raise `ValueError` where there are too few batches, or labels that the network does not know."
     steps = recipe['epochs']*(len(train)//recipe['batch_size'])

@@ -1,15 +1,41 @@
-"What 02_training cannot show in one process: runs that are killed, and two processes that train one network."
+"""What 14_training and 02_training cannot show in one process or with PCam: runs that are killed, two processes that
+train one network, a run that goes on where it was on any device, and three classes from raw files to figures."""
 import json, sys
 from pathlib import Path
 
+import h5py
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+
 from conftest import python, run
+from pcam_tp import training
+from pcam_tp.classifier import predict
+from pcam_tp.data import Batches, open_splits
+from pcam_tp.methods import explain
+from pcam_tp.models import build
+from pcam_tp.plots import compare_maps, plot_confusion, plot_roc
+from pcam_tp.release import CLASSES_FILE, SPLITS, raw_file
+from pcam_tp.synthetic import make_patches, slide_names, synthetic_folder
+
+
+@pytest.fixture
+def on_the_processor(monkeypatch):
+    "Processes that are started here see no CUDA device, simulated or not: what they show is equal to the bit, or shared."
+    monkeypatch.delenv('FAKE_CUDA', raising=False)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+
 
 FEW = '''
 import hashlib, os, random, signal, sys
 import torch
 from pcam_tp import training
+from pcam_tp.classifier import Classifier
 from pcam_tp.data import open_split, subset
-from pcam_tp.models import Classifier, build
+from pcam_tp.models import build
 torch.set_num_threads(1)
 def fingerprint(model):
     return hashlib.sha256(b''.join(v.contiguous().numpy().tobytes() for v in model.state_dict().values())).hexdigest()
@@ -42,8 +68,8 @@ assert not run_in_child(disturbed, 0)
 '''
 
 
-def test_twenty_kills(tmp_path):
-    "A run that was killed twenty times ends with the weights and losses of an undisturbed one, and leaves no half-written file."
+def test_twenty_kills(tmp_path, on_the_processor):
+    "A run that was killed twenty times ends with the weights and losses of an undisturbed one; no file is half-written."
     python(KILLS, tmp_path/'a.pt', tmp_path/'b.pt')
     assert (tmp_path/'a.pt.result').read_text() == (tmp_path/'b.pt.result').read_text()
     assert {f.name for f in tmp_path.iterdir()} == {'a.pt', 'b.pt', 'a.pt.result', 'b.pt.result'}
@@ -52,25 +78,27 @@ def test_twenty_kills(tmp_path):
 PROCESSES = FEW + '''
 import json
 from torch import nn
-from pcam_tp.core import home
+from pcam_tp.recipe import trained
 train, valid = subset(open_split('train'), 256), subset(open_split('valid'), 64)
-colour = Classifier(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))   # no augmentation changes what it sees
+colour = Classifier(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))   # no symmetry changes what it sees
 for v in colour.net.parameters(): nn.init.zeros_(v)
 training.train(colour, train, valid, epochs=2, stain=0, precision='no', device='cpu')
-model = training.trained('small_cnn', train, valid, width=.05, epochs=2)
+model = trained('small_cnn', train, valid, width=.05, epochs=2)
 rank = int(os.environ.get('RANK', 0))
-row = dict(colour=colour.net[2].weight.detach().tolist(), small_cnn=fingerprint(model), folder=model.card['folder'], seconds=model.card['training']['seconds'])
+row = dict(colour=colour.net[2].weight.detach().tolist(), small_cnn=fingerprint(model), folder=model.card['folder'],
+           seconds=model.card['training']['seconds'])
 with open(f'{sys.argv[1]}/{os.environ.get("WORLD_SIZE", 1)}-{rank}.json', 'w') as f: json.dump(row, f)
 '''
 
 
-def test_two_processes(tmp_path, monkeypatch):
-    "Two processes see the batches of one: same weights where nothing depends on the share; one network, written once, loaded by both."
+def test_two_processes(tmp_path, monkeypatch, on_the_processor):
+    "They see the batches of one: same weights where nothing depends on the share; one network, written once, for both."
     script = tmp_path/'script.py'
     script.write_text(PROCESSES)
-    monkeypatch.setenv('PCAM_TP_SOURCE', str(synthetic()))
+    monkeypatch.setenv('PCAM_TP_SOURCE', str(synthetic_folder()))
     monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node']   # `accelerate launch` starts one process on a CPU
+    # `accelerate launch` starts one process on a CPU
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node']
     for n in (1, 2):
         monkeypatch.setenv('PCAM_TP_HOME', str(tmp_path/f'home{n}'))
         run(*(launch + [n] if n > 1 else [sys.executable]), script, tmp_path)
@@ -81,7 +109,114 @@ def test_two_processes(tmp_path, monkeypatch):
     assert not list((tmp_path/'home2').rglob('*.run.pt'))
 
 
-def synthetic():
-    "The embedded patches, wherever this checkout keeps them."
-    from pcam_tp.synthetic import synthetic_folder
-    return synthetic_folder()
+# ---------------------------------------------------------------- three classes, on any device
+
+NAMES = 'normal', 'tumour outside', 'tumour inside'
+RECIPE = dict(batch_size=16, precision='no')
+
+
+@pytest.fixture(scope='module')
+def three(tmp_path_factory):
+    "Train, valid, test of three classes in the release's layout: painted patches, sorted by where their tumour lies."
+    folder = tmp_path_factory.mktemp('three')
+    for k, split in enumerate(SPLITS):
+        p = make_patches(96, seed=k, slides=slide_names(split, 8), outside=.5)
+        y = np.where(p.y == 1, 2, p.mask.any((1, 2))).astype(np.uint8)
+        for part, a in dict(x=p.x, y=y.reshape(-1, 1, 1, 1), mask=p.mask[..., None]).items():
+            with h5py.File(raw_file(folder, split, part), 'w') as f: f[part] = a
+        pd.DataFrame(dict(wsi=p.wsi)).to_csv(raw_file(folder, split, 'meta'), index=False)
+    (folder/CLASSES_FILE).write_text('\n'.join(NAMES))
+    return open_splits(folder)
+
+
+def small(): return build('small_cnn', width=.25, n_classes=3, classes=NAMES, dropout=.3)
+
+
+@pytest.fixture(scope='module')
+def learnt(three):
+    "A network after a few steps, and the run's history."
+    model = small()
+    return model, training.train(model, *three[:2], 4, **RECIPE)
+
+
+def ovr(y, p): return roc_auc_score(y, p, multi_class='ovr', average='macro')
+
+
+def test_three_classes_are_trained_and_judged(three, learnt):
+    (model, history), (learn, watch, test) = learnt, three
+    assert learn.classes == model.classes == NAMES and set(learn.y) == {0, 1, 2}
+    assert history.train_loss.iloc[-1] < history.train_loss.iloc[0]
+    best = history.loc[history.valid_loss.idxmin()]   # the network has the weights of this epoch
+    on_watch = training.evaluate(model, watch)
+    assert best.valid_auc == pytest.approx(ovr(on_watch.y, training.probabilities(on_watch)), abs=1e-3)
+
+    predictions = training.evaluate(model, test)
+    assert list(predictions.columns) == ['row', 'slide', 'y', 'pred', 'p0', 'p1', 'p2']
+    y, p = predictions.y, training.probabilities(predictions)
+    assert p.shape == (96, 3) and np.allclose(p.sum(1), 1) and (predictions.pred == p.argmax(1)).all()
+    found = training.results(predictions, n_resamples=99).set_index('metric')
+    expected = dict(auc=ovr(y, p), nll=log_loss(y, p), accuracy=accuracy_score(y, predictions.pred))
+    for metric, value in expected.items(): assert found.estimate[metric] == pytest.approx(value), metric
+    assert (found.low <= found.estimate).drop('calibration_error').all() and (found.n == 8).all(), found   # slides
+    assert training.slide_table(predictions).patches.sum() == 96
+
+
+def pixels(fig, file):
+    "Save as PNG; the share of the picture that is not background."
+    fig.savefig(file, dpi=110)
+    plt.close(fig)
+    return (plt.imread(file)[..., :3] < .98).any(-1).mean()
+
+
+def texts(fig):
+    "All that is written in a figure."
+    return ' '.join(t.get_text().replace('\n', ' ') for t in fig.findobj(plt.Text))
+
+
+def test_three_classes_are_explained_and_drawn(three, learnt, tmp_path):
+    (model, _), test = learnt, three[2]
+    x, y = next(iter(Batches(test, 4, shuffle=True, seed=3)))
+    logits = predict(model, x)
+    by_class = [explain(model, x, k, methods=['gradcam', 'saliency']) for k in range(3)]
+    own = explain(model, x, methods=['gradcam', 'saliency'])   # of the predicted class
+    for name, maps in own.items():
+        of = torch.stack([m[name] for m in by_class])
+        assert maps.shape == (4, 96, 96) and maps.isfinite().all() and maps.flatten(1).any(1).all()
+        expected = of[logits.argmax(1).to(of.device), torch.arange(4, device=of.device)]
+        torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-4*float(of.abs().max()))
+        assert all((of[j] - of[k]).abs().max() > .01*of.abs().max() for j, k in ((0, 1), (1, 2), (0, 2))), name
+
+    fig = compare_maps(x, own, y=y, prob=logits.softmax(1), names=model.classes)
+    written = texts(fig)
+    for k in y.tolist(): assert f'label {NAMES[k]}' in written
+    for k in logits.argmax(1).tolist(): assert f'predicted {NAMES[k]}' in written and f'P({NAMES[k]})' in written
+    assert pixels(fig, tmp_path/'maps.png') > .3
+
+    predictions = training.evaluate(model, test)
+    fig = plot_confusion(predictions.y, predictions.pred, model.classes)
+    assert all(texts(fig).count(name) == 2 for name in ('normal', 'tumour outside', 'tumour inside'))
+    assert pixels(fig, tmp_path/'confusion.png') > .1
+    p = training.probabilities(predictions)
+    fig = plot_roc(predictions.y, p, names=model.classes)
+    for k, name in enumerate(NAMES): assert f'{name} AUC {roc_auc_score(predictions.y == k, p[:, k]):.3f}' in texts(fig)
+    assert pixels(fig, tmp_path/'roc.png') > .02
+
+
+def test_a_run_that_was_cut_goes_on(three, tmp_path, monkeypatch):
+    "Half of the epochs, then the rest by the same call: what an undisturbed run gives, but for the rounding of sums."
+    def ends(**options):
+        model = small()
+        return training.train(model, *three[:2], 4, **RECIPE, **options), predict(model, three[2])
+    three = *three[:2], next(iter(Batches(three[2], 32)))[0]
+    history, logits = ends()
+    file, epoch = tmp_path/'run.pt', training._Run.epoch
+    def stops(run, bar):
+        if len(run.history) == 2: raise KeyboardInterrupt
+        return epoch(run, bar)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(training._Run, 'epoch', stops)
+        ends(checkpoint=file)
+    again, logits_again = ends(checkpoint=file)
+    assert len(again) == 4 and history.lr.tolist() == again.lr.tolist()
+    assert again.train_loss.tolist() == pytest.approx(history.train_loss.tolist(), rel=.01)
+    torch.testing.assert_close(logits_again, logits, rtol=.02, atol=.02*float(logits.abs().max()))
