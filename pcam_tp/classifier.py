@@ -99,7 +99,7 @@ IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
 def _colour(name, v, low, high):
     "Three numbers as a buffer (1, 3, 1, 1)."
-    t = torch.as_tensor(v).detach().float().flatten()
+    t = torch.as_tensor(v, device='cpu').detach().float().flatten()
     if len(t) != 3 or not ((t >= low) & (t <= high)).all():
         raise ValueError(f'{name} is {t.tolist()}: expected three numbers for RGB in [0, 1]; '
                          'of values up to 255, divide by 255')

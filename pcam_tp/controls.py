@@ -85,7 +85,8 @@ def untrained(
 ) -> Classifier: # a copy in evaluation mode
     "The same network with fresh random weights; what no layer can draw again, such as class tokens, is shuffled."
     fresh, done = copied(model).cpu(), set()
-    with seeded(seed):
+    own = int(np.random.SeedSequence([seed, 0x756e7472]).generate_state(1)[0])   # no network began with this seed
+    with seeded(own):
         for m in fresh.modules():
             if hasattr(m, 'reset_parameters'): m.reset_parameters(); done.update(map(id, m.parameters(recurse=False)))
         for p in fresh.parameters():
