@@ -287,7 +287,7 @@ def _park(library, threads):
         started.set()
         Event().wait()   # for ever
     Thread(target=sleep, daemon=True, name='pcam_tp parks OpenMP threads').start()
-    started.wait()
+    started.wait(5)
 
 def sleep_when_idle():
     "Let OpenMP's waiting threads sleep after microseconds instead of spinning (GNU OpenMP; elsewhere nothing happens)."
