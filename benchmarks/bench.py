@@ -105,7 +105,8 @@ def measure(checkout, arm, options):
     "Seconds of one arm of a checkout, with its own library, in a fresh process."
     path = os.pathsep.join(filter(None, [str(checkout), os.environ.get('PYTHONPATH')]))
     command = [sys.executable, checkout/'benchmarks'/'arms.py', arm, *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=path))
+    env = os.environ | dict(PYTHONPATH=path)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent)   # one data/ for both
     if done.returncode: sys.exit(f'{arm} of {checkout} failed:\n{done.stderr[-2000:]}')
     return float(done.stdout.split()[-1])
 
@@ -145,8 +146,8 @@ def row(device, case, took):
 
 def against(before, chosen, args, options):
     "Print how many times as fast as in another checkout each of our arms is, and the range over the repeats."
-    known = arms_of(before)
-    ours = [a for a in dict.fromkeys(c.ours for c in chosen) if a in known]
+    known, ours = arms_of(before), list(dict.fromkeys(c.ours for c in chosen))
+    new, ours = [a for a in ours if a not in known], [a for a in ours if a in known]
     if not ours: sys.exit(f'{before} has none of these arms')
     pairs = [(checkout, a) for a in ours for checkout in (before, HERE.parent)]
     for times in rounds(pairs, args.repeats, options): pass
@@ -159,6 +160,7 @@ def against(before, chosen, args, options):
     show([compared(a) for a in ours])
     print(f'medians of {args.repeats} interleaved repeats; ratio = before_s / now_s, with the lowest and highest of a '
           f'repeat; slower: ratio below {SLOWER}')
+    if new: print(f'not there before: {", ".join(new)}')
 
 
 def arms_of(checkout):

@@ -6,7 +6,8 @@ import pytest
 from conftest import ROOT, TESTS, python, run
 
 sys.path[:0] = [str(ROOT/'benchmarks'), str(TESTS/'fake_cuda')]
-from bench import ARMS, DEVICES, cases, merged
+from arms import ARMS, DEVICES
+from bench import cases, merged
 from fake_cuda import why_not
 
 RESULTS = ROOT/'benchmarks'/'results.json'
