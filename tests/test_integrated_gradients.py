@@ -24,7 +24,7 @@ def settled(model, x=X):
 
 def adds_up(model, x, maps, info, target, baselines=('white',), share=.1):
     "The details are what the model says, and the map adds up to them."
-    score = lambda v: class_score(predict(model, v), target)
+    score = lambda v: class_score(predict(model, v), target.cpu()).to(x.device)
     torch.testing.assert_close(info['score'], score(x), rtol=1e-4, atol=1e-5)
     first = torch.stack([score(baseline(x, b)) for b in baselines]).mean(0)
     torch.testing.assert_close(info['baseline_score'], first, rtol=1e-4, atol=1e-5)
