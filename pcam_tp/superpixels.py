@@ -123,19 +123,19 @@ def _mean_colours(x, labels):
 
 # %% ../nbs/07_lime.ipynb #196a65ab
 def _explain(q, segmentation, hide, n_samples, draw, fit):
-    "Maps and details of `fit(masks, scores)` with the masks `draw(S)` of S superpixels."
+    "Maps and details of `fit(masks, scores, weights)` with the masks and their weights `draw(S)` for S superpixels."
     given, images = _given(q, segmentation), q.x.cpu()
     behind, step, parts = q.baseline(), max(1, q.batch_size//n_samples), []
     for i in range(0, len(q.x), step):
         rows = slice(i, min(i + step, len(q.x)))
         labels = segments(images[rows], segmentation) if given is None else given[rows]
         hidden = _mean_colours(images[rows], labels).to(q.device, non_blocking=True) if hide else behind[rows]
-        masks = [draw(int(l.max()) + 1) for l in labels]
+        masks, weights = zip(*(draw(int(l.max()) + 1) for l in labels))
         scores, back = _ask(q, rows, labels, hidden, masks)
         if q.bar is not None: q.bar.update(len(labels)*(n_samples - scores.shape[1]))
-        parts.append((labels, masks, back, scores))
-    found = [fit(m, s[b]) | dict(passes=len(s), labels=l) for labels, masks, back, scores in parts
-             for l, m, b, s in zip(labels, masks, back, scores.double().cpu().numpy())]
+        parts.append((labels, masks, weights, back, scores))
+    found = [fit(m, s[b], w) | dict(passes=len(s), labels=l) for *others, scores in parts
+             for l, m, w, b, s in zip(*others, scores.double().cpu().numpy())]
     return _drawn(q, found)
 
 def _drawn(q, found):
@@ -181,10 +181,11 @@ def lime(q,
     the class. Units of `score` per superpixel. With `score='probability'` and `hide='superpixel'` the weights are those
     of the library lime. `details`: 'weights', 'segments', 'r2', 'intercept', and 'passes', fewer than `n_samples` where
     masks are equal."""
-    def fit(masks, y):
-        b, b0, r2 = weighted_ridge(masks, y, cosine_kernel(masks, kernel_width), alpha)
-        return dict(weights=b, intercept=b0, r2=r2)
-    return _explain(q, segmentation, hide, n_samples, lambda S: lime_masks(S, n_samples, q.seed), fit)
+    def draw(S):
+        masks = lime_masks(S, n_samples, q.seed)
+        return masks, cosine_kernel(masks, kernel_width)
+    def fit(masks, y, w): return dict(zip(('weights', 'intercept', 'r2'), weighted_ridge(masks, y, w, alpha)))
+    return _explain(q, segmentation, hide, n_samples, draw, fit)
 
 # %% ../nbs/07_lime.ipynb #943e1edc
 def _constrained_fit(masks, y, w, empty, full):
@@ -222,8 +223,7 @@ def kernelshap(q,
     the class. The weights of an image sum to its score minus that of the hidden image, the 'intercept', and are exact
     where 2^S ≤ `n_samples`. `details` as of `lime`; 'passes' are fewer than `n_samples` where masks are equal, as many
     are that show or hide one superpixel."""
-    def fit(masks, y):
-        w = _coalitions(masks.shape[1], n_samples, q.seed)[1]
+    def fit(masks, y, w):
         b = _constrained_fit(masks, y, w, y[1], y[0])
         return dict(weights=b, intercept=y[1], r2=_r2(y, y[1] + masks @ b, w) if w.any() else np.nan)
-    return _explain(q, segmentation, hide, n_samples, lambda S: _coalitions(S, n_samples, q.seed)[0], fit)
+    return _explain(q, segmentation, hide, n_samples, lambda S: _coalitions(S, n_samples, q.seed), fit)
