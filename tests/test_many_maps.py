@@ -96,7 +96,7 @@ def test_recipes_of_methods():
         first=adapted('LayerGradientXActivation', layer='0'), last=adapted('LayerGradientXActivation', layer='last'),
         image=adapted('IntegratedGradients', baselines=zeros), near_image=adapted('IntegratedGradients', baselines=near),
         made_image=adapted('IntegratedGradients', baselines=torch.zeros_like), other_image=adapted('IntegratedGradients', baselines=torch.ones_like),
-        black=occlusion.using(baseline=zeros), nearly=occlusion.using(baseline=near), number=occlusion.using(baseline=0), array=occlusion.using(baseline=ones.numpy()),
+        black=occlusion.using(baseline=zeros), nearly=occlusion.using(baseline=near), number=occlusion.using(baseline=0), array=occlusion.using(baseline=ones.numpy(force=True)),
         cut=lime.using(segmentation=torch.zeros(2, 96, 96, dtype=torch.long)),
         mine=scaled(1), mine2=scaled(2), square=scaled(1, 2), times=scaled(1).using(times=2),
         smooth=smoothed(METHODS['saliency']), smooth_ig=smoothed(METHODS['integrated_gradients']), smooth_few=smoothed(METHODS['saliency'], 3),

@@ -39,7 +39,8 @@ def test_every_architecture(name):
     maps, info = smoothgrad(model, X[:1], n_samples=2, details=True)
     for v in (maps, saliency(model, X[:1]), input_x_gradient(model, X[:1])):
         assert v.shape == (1, 96, 96) and v.dtype == torch.float32 and v.isfinite().all() and (v != 0).float().mean() > .9, name
-    assert (info['squared_gradient']*(1 + 1e-4) >= info['gradient']**2).all(), 'a mean of squares is at least the square of the mean'
+    squared, error = info['squared_gradient'], 1e-6*info['squared_gradient'].max()   # where gradients nearly cancel
+    assert (squared*(1 + 1e-4) + error >= info['gradient']**2).all(), 'a mean of squares is at least the square of the mean'
     if name in OTHERS:
         with pytest.raises(ValueError, match='no nn.ReLU module'): guided_backprop(model, X[:1])
     else:

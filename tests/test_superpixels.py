@@ -88,21 +88,21 @@ def test_images_without_structure(f):
 
 def test_quickshift_is_that_of_lime():
     from lime.wrappers.scikit_image import SegmentationAlgorithm
-    theirs = SegmentationAlgorithm('quickshift', kernel_size=4, max_dist=200, ratio=.2, random_seed=5)(X[0].permute(1, 2, 0).numpy())
-    assert np.array_equal(segments(X[:1], 'quickshift')[0].numpy(), np.unique(theirs, return_inverse=True)[1].reshape(48, 72))
+    theirs = SegmentationAlgorithm('quickshift', kernel_size=4, max_dist=200, ratio=.2, random_seed=5)(X[0].permute(1, 2, 0).numpy(force=True))
+    assert np.array_equal(segments(X[:1], 'quickshift')[0].numpy(force=True), np.unique(theirs, return_inverse=True)[1].reshape(48, 72))
 
 
 def test_hide_color_and_masks_are_those_of_lime():
     import lime.lime_image as lime_image
     lime_image.tqdm = lambda it: it
     model, labels = build('small_cnn', width=.1), segments(X[:1])
-    def classifier(batch): return predict(model, torch.from_numpy(batch).permute(0, 3, 1, 2).float()).softmax(1).double().numpy()
+    def classifier(batch): return predict(model, torch.from_numpy(batch).permute(0, 3, 1, 2).float()).softmax(1).double().numpy(force=True)
     for option, color in ((dict(hide='superpixel'), None), (dict(baseline='black'), 0)):
-        exp = lime_image.LimeImageExplainer(random_state=11).explain_instance(X[0].permute(1, 2, 0).numpy(), classifier, labels=(1,), top_labels=None,
-                                                                               num_samples=150, hide_color=color, segmentation_fn=lambda _: labels[0].numpy())
+        exp = lime_image.LimeImageExplainer(random_state=11).explain_instance(X[0].permute(1, 2, 0).numpy(force=True), classifier, labels=(1,), top_labels=None,
+                                                                               num_samples=150, hide_color=color, segmentation_fn=lambda _: labels[0].numpy(force=True))
         w, info = lime(model, X[:1], 1, segmentation=labels, n_samples=150, seed=11, score='probability', details=True, **option)
         theirs = np.array([v for _, v in sorted(exp.local_exp[1])])
-        assert np.abs(info['weights'][0].numpy() - theirs).max() < 1e-4*np.abs(theirs).max() + 1e-8
+        assert np.abs(info['weights'][0].numpy(force=True) - theirs).max() < 1e-4*np.abs(theirs).max() + 1e-8
         assert abs(info['intercept'][0] - exp.intercept[1]) < 1e-5
 
 
