@@ -122,6 +122,7 @@ def test_bfloat16_is_near(f):
 @pytest.mark.parametrize('kind', ['smoothgrad', 'smoothgrad_sq', 'vargrad'])
 def test_captum_noise_tunnel(kind):
     "captum's own noise, drawn from the processor's generator with the same seed, for one image."
+    if X.device.type != 'cpu': pytest.skip('captum draws its noise on the device, we on the processor: other numbers')
     model = settled(build('small_cnn', width=.2, n_classes=3))
     x = X[:1] - .1*X[:1].amin()
     tunnel, spread = NoiseTunnel(Saliency(model)), (x.amax() - x.amin()).item()

@@ -32,7 +32,7 @@ def test_many_classes_and_other_shapes(f):
     for target in (None, 3, [0, 2, 4]):
         maps, info = f(areas(), X, target, **options)
         assert maps.shape == X.shape[:1] + X.shape[2:] and maps.dtype == torch.float32 and len(info['weights']) == 3
-        t = predict(areas(), X).argmax(1) if target is None else torch.as_tensor(target).expand(3)
+        t = predict(areas(), X).argmax(1).to(X.device) if target is None else torch.as_tensor(target).expand(3)
         assert torch.equal(info['target'], t)
         for w, c, x in zip(info['weights'], t, X):   # the block of the class, and nothing else, has all of the logit
             truth = torch.zeros(6)
@@ -59,7 +59,7 @@ def test_whatever_hides(f):
         maps, info = f(model, X, 1, n_samples=20, batch_size=2, details=True, **option)
         assert maps.isfinite().all()
         if f is kernelshap:
-            gain = class_score(predict(model, X), torch.ones(3, dtype=torch.long)) - info['intercept']
+            gain = class_score(predict(model, X).to(X.device), torch.ones(3, dtype=torch.long)) - info['intercept']
             torch.testing.assert_close(torch.stack([w.sum() for w in info['weights']]), gain, rtol=1e-3, atol=1e-4)
     alone = f(model, X[2:], 1, n_samples=20, baseline=images[2])[0]
     torch.testing.assert_close(f(model, X, 1, n_samples=20, baseline=images)[2], alone, rtol=1e-4, atol=1e-5)
