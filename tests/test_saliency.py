@@ -178,13 +178,15 @@ def says(wrap, n_classes=2, seed=0, **options):
 
 @every
 def test_whatever_a_network_returns(f):
+    near = lambda a, b: (a - b).norm() < .01*b.norm()   # a unit near its kink may open
     x = torch.cat([X, X[:1]**2])
     right = f(says(lambda z: z), x, 1)
     for wrap, options in ((lambda z: (z, z.mean()), dict(output=0)), (lambda z: dict(logits=z), {}), (lambda z: SimpleNamespace(logits=z), {}),
                           (lambda z: z[..., None, None], {}), (lambda z: dict(out=z), dict(output='out'))):
-        close(f(says(wrap, **options), x, 1), right)
+        assert near(f(says(wrap, **options), x, 1), right)
     one = f(says(lambda z: z, 1), x, 1)
-    for batch_size in (3, 2): close(f(says(lambda z: z.squeeze(), 1), x, 1, batch_size=batch_size), one)   # a last batch of one
+    for batch_size in (3, 2):   # a last batch of one
+        assert near(f(says(lambda z: z.squeeze(), 1), x, 1, batch_size=batch_size), one)
     assert one.isfinite().all() and one.any()
     for wrap in (lambda z: (z, z), lambda z: dict(a=z), lambda z: z.argmax(1), lambda z: z.mean()):
         with pytest.raises(ValueError, match='the network (returns|gives)'): f(says(wrap), x, 1)
