@@ -127,8 +127,7 @@ def build(
                 pretrained=state is not None, freeze=False)
     model = Classifier(net, arch.layers.split(), classes=classes, **geometry)
     model.card, model.head = json.loads(json.dumps(card)), arch.head
-    if freeze: model.freeze()
-    return model.to(memory_format=torch.channels_last)
+    return (model.freeze() if freeze else model).to(memory_format=torch.channels_last)
 
 # %% ../nbs/01_models.ipynb #4c062699
 def _check_size(name, net, geometry):

@@ -73,6 +73,7 @@ def augment(
 # %% ../nbs/foundation/14_training.ipynb #c2f60a6c
 def _accelerator(precision, device):
     "An Accelerator for this precision; one of an earlier run in this process with another precision or device is gone."
+    precision = precision or fastest_precision(device)
     if AcceleratorState._shared_state:
         state, wanted = AcceleratorState(), (precision, device.type)
         if (state.mixed_precision, state.device.type) != wanted: AcceleratorState._reset_state(reset_partial_state=True)
@@ -225,8 +226,7 @@ def train(
         raise ValueError(f'train has no option {", ".join(unknown)}: it takes {", ".join(RECIPE)}')
     recipe = dict(epochs=epochs, **RECIPE | recipe, train=split_id(train), valid=split_id(valid))
     _check_run(model, train, recipe)
-    device = torch.device(device or best_device())
-    accelerator = _accelerator(precision or fastest_precision(device), device)
+    accelerator = _accelerator(precision, torch.device(device or best_device()))
     with torch.random.fork_rng(devices=[0] if accelerator.device.type == 'cuda' else []):
         return _run(_Run(model.to(accelerator.device), train, recipe, accelerator), valid, checkpoint)
 
