@@ -38,6 +38,17 @@ def python(code, *args, **kw):
     return run(sys.executable, '-c', code, *args, **kw)
 
 
+def settled(model, x=None):
+    "Running statistics of a batch: without them untrained networks with batch normalisation answer next to nothing."
+    import torch
+    if x is None: x = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.train().momentum = None
+    with torch.no_grad(): model(x)
+    return model.eval()
+
+
 def pytest_addoption(parser):
     parser.addoption('--device', help="where the tensors that a test makes, and every Classifier, live: 'cuda'")
 

@@ -7,6 +7,7 @@ import torchvision
 from torch import nn
 from torch.testing import assert_close
 
+from conftest import settled
 from pcam_tp.cam import CAMS, cam_grids, gradcam
 from pcam_tp.classifier import Classifier, class_score
 from pcam_tp.models import build, small_cnn
@@ -16,15 +17,6 @@ X = torch.rand(3, 3, 48, 64, generator=torch.Generator().manual_seed(0))
 near = dict(rtol=1e-3, atol=1e-6)
 each_cam = pytest.mark.parametrize('f', CAMS.values(), ids=CAMS)
 hooks = lambda model: sum(len(m._forward_hooks) for m in model.modules())
-
-
-def settled(model, x=X):
-    "Running statistics of a batch: without them untrained networks with batch normalisation answer next to nothing."
-    model.eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d): m.train().momentum = None
-    with torch.no_grad(): model(x)
-    return model.eval()
 
 
 def by_hand(model, layer, x, fold, f):

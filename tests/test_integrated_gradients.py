@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
+from conftest import settled
 from pcam_tp.classifier import Classifier, class_score, predict
 from pcam_tp.integrated_gradients import PATH_RULES, integrated_gradients, path_rule
 from pcam_tp.models import build
@@ -11,15 +11,6 @@ from pcam_tp.questions import baseline
 
 SOME = torch.Generator().manual_seed(0)
 X = torch.rand(3, 3, 96, 96, generator=SOME)
-
-
-def settled(model, x=X):
-    "Running statistics of a batch: without them untrained networks with batch normalisation answer next to nothing."
-    norms = [m for m in model.eval().modules() if isinstance(m, nn.BatchNorm2d)]
-    for m in norms: m.train().momentum = None
-    if norms:
-        with torch.no_grad(): model(x)
-    return model.eval()
 
 
 def adds_up(model, x, maps, info, target, baselines=('white',), share=.1):

@@ -171,7 +171,7 @@ def test_one_baseline_for_all_methods():
     model, ig = build('small_cnn', width=.2), METHODS['integrated_gradients'].using(n_steps=2)
     for b in ('white', 'black', X.flip(0)):
         maps = explain(model, X, 1, dict(ours=ig, theirs=ADAPTED['ig'], lime=CHEAP['lime']), baseline=b, batch_size=1)
-        assert_close(maps['theirs'], maps['ours'], rtol=1e-3, atol=.05*maps['ours'].abs().max().item())   # rounding turns ReLUs
+        assert (maps['theirs'] - maps['ours']).norm() < .005*maps['ours'].norm()   # of all pixels: rounding turns ReLUs
         lime = CHEAP['lime'](model, X, 1, baseline=b)
         assert_close(maps['lime'], lime, rtol=1e-3, atol=1e-3*lime.abs().max().item())
 

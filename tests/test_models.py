@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from conftest import settled
 from pcam_tp.cam import CAMS
 from pcam_tp.classifier import (IMAGENET_MEAN, IMAGENET_STD, PCAM_MEAN, Classifier, class_score, evaluating, get_layer,
                                 layer_output, predict, trainable_parameters)
@@ -39,15 +40,6 @@ def plain_hooks(model, layers, x, grad=False):
     with evaluating(model), torch.set_grad_enabled(grad): logits = model(x)
     for h in hooks: h.remove()
     return kept, logits
-
-
-def settled(model, x=X):
-    "Running statistics of a batch: without them untrained networks with batch normalisation answer next to nothing in evaluation mode."
-    model.eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d): m.train().momentum = None
-    with torch.no_grad(): model(x)
-    return model.eval()
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -8,6 +8,7 @@ import torch
 from captum.attr import NoiseTunnel, Saliency
 from torch import nn
 
+from conftest import settled
 from pcam_tp.cam import CAMS
 from pcam_tp.classifier import Classifier, class_score
 from pcam_tp.models import MODELS, build, small_cnn
@@ -21,15 +22,6 @@ BOTH = [*ALL, guided_backprop, smoothed(saliency, n_samples=2), *CAMS.values()]
 every = pytest.mark.parametrize('f', BOTH, ids=lambda f: f.__name__)
 hooks = lambda model: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) + len(m._backward_pre_hooks) for m in model.modules())
 close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5*float(b.abs().max()))
-
-
-def settled(model, x=X):
-    "Running statistics of a batch: without them untrained networks with batch normalisation answer next to nothing."
-    model.eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d): m.train().momentum = None
-    with torch.no_grad(): model(x)
-    return model.eval()
 
 
 @pytest.mark.parametrize('name', RELU + OTHERS)
