@@ -42,7 +42,7 @@ def sizes(device, quick=False):
              batches=(8, 16, 32, 64), library=32, bare=200, repeats=1, width=1., options=OPTIONS)
     if device == 'mps': s |= dict(patches=64, images=4, batches=(32, 64, 128, 256))
     if device == 'cuda':
-        s |= dict(steps=50, patches=256, images=16, fewer=dict(lime=4), batches=(32, 64, 128, 256, 512, 1024),
+        s |= dict(steps=50, patches=256, images=16, fewer=dict(lime=8), batches=(32, 64, 128, 256, 512, 1024),
                   bare=4_096, repeats=3)
     if quick:
         s |= dict(rows=200, batch=8, steps=2, epochs=2, patches=4, images=2, fewer={}, batches=(4, 8), library=4,

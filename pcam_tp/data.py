@@ -425,7 +425,7 @@ class Batches:
             raise ValueError(f'batch_size is {batch_size}: expected at least {part[1]}, one patch for each process')
         self.split, self.batch_size, self.shuffle, self.seed = split, batch_size, shuffle, seed
         self.device, self.drop_last, self.part, self.epoch = torch.device(device), drop_last, part, 0
-        self._y, self._kept, self._is_kept = split.y, None, np.zeros(len(split), bool)   # see `_on_cuda`
+        self._kept = None   # bytes and classes on the device, see `_stay`
 
     def __len__(self):
         n = len(self.split)
@@ -448,26 +448,24 @@ def _send(a, device):
 
 # %% ../nbs/foundation/10_data.ipynb #32f8f6af
 @patch
-def _fits(self:Batches):
-    "Do the bytes of the split take no more than a quarter of the device's free memory?"
-    return len(self.split)*3*self.split.side**2 <= torch.cuda.mem_get_info(self.device)[0]/4
+def _read(self:Batches, parts):
+    "Bytes of the patches of each part, on the device."
+    if self.device.type != 'cuda': return map(self.split.patches, parts)
+    pinned = _ahead(lambda part: torch.from_numpy(self.split.patches(part)).pin_memory(), parts)
+    return (x.to(self.device, non_blocking=True) for x in pinned)
 
 @patch
-def _on_cuda(self:Batches, parts):
-    "Bytes of each part of the order, on the device; of a shuffled split that fits, each patch is read once."
-    if self.shuffle and self._kept is None and self._fits():
-        shape = len(self.split), *self.split.raw.shape[1:]
-        with torch.inference_mode(False): self._kept = torch.empty(shape, dtype=torch.uint8, device=self.device)
-    def read(part):
-        lacking = part[~self._is_kept[part]]
-        return lacking, torch.from_numpy(self.split.patches(lacking)).pin_memory()
-    for part, (lacking, x) in zip(parts, _ahead(read, parts)):
-        x = x.to(self.device, non_blocking=True)
-        if self._kept is not None:
-            self._kept[_send(lacking, self.device)] = x
-            self._is_kept[lacking] = True
-            x = self._kept[_send(part, self.device)]
-        yield x
+def _stay(self:Batches):
+    "Do bytes stay on the device? Those of a shuffled split that fit a quarter of a CUDA device's free memory are moved."
+    if self._kept is not None or not self.shuffle or self.device.type != 'cuda': return self._kept is not None
+    n, side = len(self.split), self.split.side
+    if n*3*side**2 > torch.cuda.mem_get_info(self.device)[0]/4: return False
+    with torch.inference_mode(False): x = torch.empty(n, side, side, 3, dtype=torch.uint8, device=self.device)
+    parts = np.array_split(np.arange(n), -(-n//1024))
+    for part, bytes_ in zip(parts, progress(self._read(parts), 'to the device', total=len(parts))):
+        x[part[0]:part[-1] + 1] = bytes_
+    self._kept = x, _send(self.split.y, self.device)
+    return True
 
 # %% ../nbs/foundation/10_data.ipynb #bb98d850
 @patch
@@ -475,7 +473,12 @@ def __iter__(self:Batches):
     n = len(self.split)
     order = np.random.default_rng([self.seed, self.epoch]).permutation(n) if self.shuffle else np.arange(n)
     self.epoch += 1
-    k, step = self.part
+    (k, step), stays = self.part, self._stay()
+    if stays: order = _send(order, self.device)
     parts = [order[b*self.batch_size:(b + 1)*self.batch_size][k::step] for b in range(len(self))]
-    patches = self._on_cuda(parts) if self.device.type == 'cuda' else map(self.split.patches, parts)
-    for part, x in zip(parts, patches): yield to_float(x, self.device), _send(self._y[part], self.device)
+    if stays:
+        x, y = self._kept
+        for part in parts: yield to_float(x[part], self.device), y[part]
+    else:
+        for part, x in zip(parts, self._read(parts)):
+            yield to_float(x, self.device), _send(self.split.y[part], self.device)

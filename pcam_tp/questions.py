@@ -115,10 +115,11 @@ def batches(self:Question,
     work:Callable, # called as `work(i, j)` with image and variant numbers (b,); may be called again for the same pairs
     rows:slice=slice(None) # of these images
 ):
-    "Every pair (i, j) once, image by image, in full batches; half as large where memory runs out."
+    "Every pair (i, j) once, image by image, in even batches; half as large where memory runs out."
     start, n = (v*k for v in rows.indices(len(self.x))[:2])
     while start < n:
-        p = torch.arange(start, min(start + self.batch_size, n), device=self.device)
+        rounds = -(-(n - start)//self.batch_size)
+        p = torch.arange(start, start - (start - n)//rounds, device=self.device)
         try: work(p//k, p % k)
         except RuntimeError as e:
             if self.batch_size == 1 or not should_reduce_batch_size(e): raise
@@ -268,9 +269,9 @@ class _Method:
     check:Callable # called with the model and own options, raises ValueError where the method cannot work
     changed:dict = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def own(self): return {k: p for k, p in inspect.signature(self.f).parameters.items() if p.kind == p.KEYWORD_ONLY}
-    @property
+    @functools.cached_property
     def usual(self): return {k: p.default for k, p in self.own.items()} | self.changed
 
 # %% ../nbs/foundation/12_questions.ipynb #5a62e3b8
@@ -334,7 +335,7 @@ def _public(method):
         found = answers({name: face}, model, x, target, details=details, **given)[name]
         return found if details else found[0]
     face.on, face.using, face.passes, face.fits = method.on, method.using, method.passes, method.fits
-    face.options, face.settings = [k for k in own if k != 'details'], usual   # names, and their values
+    face.options, face.settings = [k for k in own if k != 'details'], dict(usual)   # names, and their values
     face.signed, face.source, face.backward = method.signed(**usual), method.source, method.backward
     face.__signature__, face.__doc__ = _signature(own, usual), (method.f.__doc__ or '') + _COMMON
     return face

@@ -47,9 +47,9 @@ def _noisy(q, n_samples, noise):
         raise ValueError(f'n_samples is {n_samples}: expected a whole number, at least 1')
     if not 0 <= noise < float('inf'):
         raise ValueError(f'noise is {noise}: expected a number from 0 up, a share of the image\'s range')
-    dice = torch.Generator().manual_seed(q.seed)
-    eps = torch.randn(int(n_samples), *q.x.shape[1:], generator=dice, dtype=torch.float32)
-    eps = eps.to(q.device, memory_format=torch.channels_last)
+    dice = torch.Generator(q.device).manual_seed(q.seed)   # the processor's would take longer than a GPU's passes
+    eps = torch.randn(int(n_samples), *q.x.shape[1:], generator=dice, dtype=torch.float32, device=q.device)
+    eps = eps.contiguous(memory_format=torch.channels_last)
     sd = noise*(q.x.amax((1, 2, 3)) - q.x.amin((1, 2, 3))).view(-1, 1, 1, 1)
     return lambda i, j: q.x[i] + sd[i]*eps[j]
 

@@ -98,10 +98,16 @@ def lime_masks(
     return masks
 
 # %% ../nbs/07_lime.ipynb #80ee753f
+def _distinct(masks):
+    "Where each different mask comes first, and for every mask which of these it equals."
+    known = {}
+    same = np.array([known.setdefault(row.tobytes(), len(known)) for row in np.packbits(masks, axis=1)])
+    return np.unique(same, return_index=True)[1], same
+
 def _ask(q, rows, labels, hidden, masks):
     """Scores (n, k) on the device of the images `rows`, a slice, under their masks, an array (m, S) for each,
     and per image where in k the answer to each mask lies: equal masks are asked once. No waiting for the device."""
-    at = [np.unique(np.packbits(m, axis=1), axis=0, return_index=True, return_inverse=True)[1:] for m in masks]
+    at = [_distinct(m) for m in masks]
     shown = np.zeros((len(masks), max(len(first) for first, _ in at), max(m.shape[1] for m in masks)), dtype=bool)
     for s, m, (first, _) in zip(shown, masks, at): s[:len(first), :m.shape[1]] = m[first]
     x, shape = q.x[rows], (-1, 1, *q.x.shape[2:])
@@ -111,7 +117,7 @@ def _ask(q, rows, labels, hidden, masks):
         own = lambda v: v if len(v) == 1 else v[i]
         visible = shown[i, j].gather(1, own(where).expand(len(i), -1)).view(shape)
         return torch.where(visible, own(x), own(hidden)).contiguous(memory_format=torch.channels_last)
-    return q.scores(make, shown.shape[1], rows), [back.reshape(-1) for _, back in at]
+    return q.scores(make, shown.shape[1], rows), [same for _, same in at]
 
 def _mean_colours(x, labels):
     "Each superpixel in its mean colour, (n, 3, H, W)."

@@ -8,6 +8,7 @@ __all__ = ['RECIPE', 'turn', 'augment', 'predict_split', 'train', 'evaluate', 'p
 
 # %% ../nbs/foundation/14_training.ipynb #45b7e4a4
 import copy, time
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,13 +51,17 @@ def _stain_jitter(x, strength, draw):
     return (-(density*scale + uniform(3, 1, 1)/3)).exp().clamp(0, 1)
 
 # %% ../nbs/foundation/14_training.ipynb #7272c5a2
+@cache
+def _symmetries(side, device):
+    "Row k: which pixel of a square comes to each place in `turn(…, k)`, (8, side²)."
+    place = torch.arange(side**2, device=device).view(1, 1, side, side)
+    return torch.stack([turn(place, k).flatten() for k in range(8)])
+
 def _moved(x, which):
     "Image i of `x` turned by `which[i]`: one gather of pixels for the whole batch."
     n, c, h, w = x.shape
     if h != w: raise ValueError(f'images are {h}×{w}: quarter turns need squares')
-    place = torch.arange(h*w, device=x.device).view(1, 1, h, w)
-    eight = torch.stack([turn(place, k).flatten() for k in range(8)])
-    source = (eight[which] + h*w*torch.arange(n, device=x.device)[:, None]).flatten()
+    source = (_symmetries(h, x.device)[which] + h*w*torch.arange(n, device=x.device)[:, None]).flatten()
     pixels = x.permute(0, 2, 3, 1).reshape(n*h*w, c)
     return pixels.index_select(0, source).view(n, h, w, c).permute(0, 3, 1, 2)
 

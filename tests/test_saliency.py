@@ -70,7 +70,7 @@ def test_the_noise_follows_the_range_of_each_image():
     ramp = torch.linspace(0, 1, 3*64*64).view(1, 3, 64, 64)
     smoothgrad(model, torch.cat([ramp, .5*ramp + .2, torch.full_like(ramp, .4)]), 0, n_samples=2, noise=.2, seed=5)
     copies = seen[-1]
-    e = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    e = torch.randn(2, 3, 64, 64, generator=torch.Generator(model.device).manual_seed(5), device=model.device)
     close(copies[:2] - ramp, .2*e)
     close(copies[2:4] - .5*ramp - .2, .1*e)
     assert (copies[4:] == torch.tensor(.4)).all()
@@ -136,7 +136,7 @@ def test_any_explainer_can_be_smoothed():
     "The mean of maps by hand, with the same noise; the class is that of the image itself, and copies are not clamped."
     model, cam = settled(build('small_cnn', width=.2)), CAMS['layercam'].using(layer='conv2')
     x, target = torch.cat([X, X[:1]**3]), torch.tensor([1, 0, 1])
-    e = torch.randn(3, 3, 96, 96, generator=torch.Generator().manual_seed(6))
+    e = torch.randn(3, 3, 96, 96, generator=torch.Generator(model.device).manual_seed(6), device=model.device)
     spread = (x.amax((1, 2, 3)) - x.amin((1, 2, 3))).view(-1, 1, 1, 1)
     def of_copy(k):
         noisy, kept = x + .3*spread*e[k], {}
