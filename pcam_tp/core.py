@@ -177,13 +177,14 @@ def fingerprint(
 # %% ../nbs/foundation/00_core.ipynb #01d36ec9
 def picture(
     fig, # a matplotlib figure
-    width:int=840 # pixels at most
-) -> Image: # shown by a notebook when it ends a cell
-    "The figure as a small JPEG or PNG."
-    dpi = min(64, width/fig.get_figwidth())
+    alt:str='', # what a reader who cannot see it should know
+    width:int=1400 # pixels at most
+) -> Image: # shown by a notebook when it ends a cell, with its alternative text
+    "The figure as a small JPEG or PNG, of at most 110 dpi."
+    dpi = min(110, width/fig.get_figwidth())
     def encode(format, **options):
         fig.savefig(data := io.BytesIO(), format=format, dpi=dpi, bbox_inches='tight', **options)
-        return Image(data.getvalue(), format=format)
+        return Image(data.getvalue(), format=format, alt=alt or None)
     return min(encode('png'), encode('jpeg', pil_kwargs=dict(quality=50)), key=lambda image: len(image.data))
 
 # %% ../nbs/foundation/00_core.ipynb #a9a4efc1
@@ -196,7 +197,7 @@ def save_figure(
     "Write `<name>.png` at 150 dpi, with the alternative text in its `Description`."
     with atomic(Path(folder or home('figures', run_name()))/f'{name}.png') as tmp:
         fig.savefig(tmp, dpi=150, format='png', bbox_inches='tight', metadata={'Description': alt})
-    return picture(fig)
+    return picture(fig, alt)
 
 # %% ../nbs/foundation/00_core.ipynb #56c66467
 def save_table(

@@ -456,7 +456,7 @@ def _read(self:Batches, parts):
 
 @patch
 def _stay(self:Batches):
-    "Do bytes stay on the device? Those of a shuffled split that fit a quarter of a CUDA device's free memory are moved."
+    "Do bytes stay on the device? A shuffled split that fits a quarter of a CUDA device's free memory is moved."
     if self._kept is not None or not self.shuffle or self.device.type != 'cuda': return self._kept is not None
     n, side = len(self.split), self.split.side
     if n*3*side**2 > torch.cuda.mem_get_info(self.device)[0]/4: return False

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from .cam import gradcam, gradcam_pp, hirescam, layercam
-from .classifier import Classifier, as_logits, chosen_layers, class_score, copied, get_layer, predict
-from .controls import CONTROLS, other, seeded, shifted, untrained
+from .classifier import Classifier, as_logits, chosen_layers, class_score, copied, get_layer
+from .controls import CONTROLS, seeded, shifted, with_controls
 from .integrated_gradients import integrated_gradients
 from .maps import iou, rank_correlation, top_mask, unit_ranks
 from .occlusion import occlusion, rise
-from .questions import answers, explainer
+from .questions import explainer
 from .saliency import guided_backprop, input_x_gradient, saliency, smoothgrad
 from .stats import interval
 from .superpixels import kernelshap, lime
@@ -64,20 +64,7 @@ def explain(
     **options # `score`, `baseline`, `precision`, `batch_size`, the same for all methods: see `Question`
 ) -> dict: # name → maps (N, H, W) on the model's device, raw; a control's name is 'METHOD, CONTROL'
     "Maps of many methods for the same classes by the same score. `ValueError` for what does not exist or fit."
-    controls = [controls] if isinstance(controls, str) else controls
-    if unknown := set(controls) - {'shifted', 'other', 'untrained'}:
-        raise ValueError(f'controls {sorted(unknown)}: expected some of shifted, other, untrained')
-    if 'other' in controls and len(x) < 2: raise ValueError('control other needs at least two images')
-    chosen, twins = choose(methods, model), {}
-    tested = {k: e for k, e in chosen.items() if e.source != 'control'}
-    if 'untrained' in controls and tested:
-        if target is None: target = predict(model, x, options.get('batch_size')).argmax(1)   # not the twin's
-        twins = answers(tested, untrained(model, seed), x, target, seed=seed, **options)
-    moved, out = dict(shifted=shifted, other=other), {}
-    def control(c, name, maps): return twins[name][0] if c == 'untrained' else moved[c](maps, seed)
-    for name, (maps, _) in answers(chosen, model, x, target, seed=seed, **options).items():
-        out |= {name: maps} | {f'{name}, {c}': control(c, name, maps) for c in controls if name in tested}
-    return out
+    return with_controls(choose(methods, model), model, x, target, controls, seed=seed, **options)
 
 # %% ../nbs/08_all_methods.ipynb #ce2dced8
 class _ClassScores(nn.Module):
