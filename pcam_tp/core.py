@@ -18,6 +18,7 @@ from threading import Event, Thread
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -178,14 +179,23 @@ def fingerprint(
 def picture(
     fig, # a matplotlib figure
     alt:str='', # what a reader who cannot see it should know
-    width:int=1400 # pixels at most
+    width:int=1400, # pixels at most
+    most:int=60_000 # bytes that are aimed at: a larger JPEG takes a lower quality, down to 25
 ) -> Image: # shown by a notebook when it ends a cell, with its alternative text
-    "The figure as a small JPEG or PNG, of at most 110 dpi."
-    dpi = min(110, width/fig.get_figwidth())
-    def encode(format, **options):
-        fig.savefig(data := io.BytesIO(), format=format, dpi=dpi, bbox_inches='tight', **options)
-        return Image(data.getvalue(), format=format, alt=alt or None)
-    return min(encode('png'), encode('jpeg', pil_kwargs=dict(quality=50)), key=lambda image: len(image.data))
+    "The figure as a small PNG of 64 colours (lines) or JPEG (photographs), of at most 110 dpi."
+    fig.savefig(data := io.BytesIO(), format='png', dpi=min(110, width/fig.get_figwidth()), bbox_inches='tight',
+                pil_kwargs=dict(compress_level=1))
+    drawn = PIL.Image.open(data).convert('RGB')
+    if drawn.getcolors(_FEW_COLOURS): kind, small = 'png', _encoded(drawn.quantize(64, dither=0), 'png')
+    else: kind, small = 'jpeg', _encoded(drawn, 'jpeg', quality=50, progressive=True)
+    for quality in (40, 30, 25):
+        if kind == 'jpeg' and len(small) > most: small = _encoded(drawn, kind, quality=quality, progressive=True)
+    return Image(small, format=kind, alt=alt or None)
+
+_FEW_COLOURS = 5000  # lines with their soft edges have fewer, a photograph has more
+def _encoded(drawn, format, **options):
+    drawn.save(data := io.BytesIO(), format, optimize=True, **options)
+    return data.getvalue()
 
 # %% ../nbs/foundation/00_core.ipynb #a9a4efc1
 def save_figure(

@@ -21,6 +21,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
+from scipy.ndimage import gaussian_filter
 from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
 from statsmodels.stats.proportion import proportion_confint
 
@@ -221,10 +222,14 @@ def _patch_grid(im, titles, ncols, suptitle, entries):
     _legend(fig, entries, columns)
     return fig, axs.flat[:n]
 
-def _draw_patch(ax, im, side, label, mask=None):
-    ax.imshow(im)
+def _outline(ax, mask, lw=1.5):
+    "The edge of a region (H, W) on an axes that shows an image; nothing without a region, or if it is empty or all."
     if mask is not None and 0 < mask.mean() < 1:
-        ax.contour(mask, [.5], colors=_MASK, linewidths=1.5, path_effects=_halo(1.5))
+        ax.contour(mask, [.5], colors=_MASK, linewidths=lw, path_effects=_halo(lw))
+
+def _draw_patch(ax, im, side, label, mask=None, lw=1.5):
+    ax.imshow(im)
+    _outline(ax, mask, lw)
     _box(ax, im.shape[:2], side, label)
 
 # %% ../nbs/foundation/06_plots.ipynb #9982197f
@@ -274,10 +279,14 @@ def show_map(
     return ax
 
 # %% ../nbs/foundation/06_plots.ipynb #f9b570f3
+_COLUMNS = 8  # of a panel that can still be read
 def _check_maps(maps, im):
     "Maps as arrays (N, H, W); `ValueError` that names the bad one."
     if not isinstance(maps, dict) or not maps:
         raise ValueError(f"maps is {type(maps).__name__}: expected a dict such as {{'Grad-CAM': array (N, H, W)}}")
+    if len(maps) >= _COLUMNS:
+        raise ValueError(f'maps holds {len(maps)} methods, with the patch {len(maps) + 1} columns: expected at most '
+                         f'{_COLUMNS}; split the panel by family (gradients, class activation maps, perturbations)')
     out, wanted = {k: _numpy(m) for k, m in maps.items()}, im.shape[:3]
     for k, m in out.items():
         if m.shape != wanted:
@@ -346,6 +355,8 @@ class MapLook:
     max_n: int = 6 # patches at most; the heading says how many were left out
     box: object = None # side of the centre box, see `show_patches`
     names: tuple = None # class names; PCam's for patches of its size if None
+    masks: object = None # true regions (N, H, W), outlined on patch and maps; `{name: regions}` says what they are
+    blur: float = 0 # σ of a Gaussian in pixels, for viewing only: what is drawn is smoothed, and the heading says so
 
     @property
     def weight(self): return self.alpha if self.overlay else 1.
@@ -421,6 +432,19 @@ def _patch_titles(y, pred, prob, n, names):
         return _wrap('\n'.join(lines) or f'patch {i}', 20)
     return [title(i) for i in range(n)]
 
+# %% ../nbs/foundation/06_plots.ipynb #2ee57b3b
+def _blurred(maps, sigma):
+    "Maps smoothed for viewing; the sum of each stays. A map that must not be drawn stays as it is."
+    if not (np.isfinite(sigma) and sigma >= 0): raise ValueError(f'blur is {sigma}: expected pixels, 0 for none')
+    def one(m): return m if _emptiness(m) else gaussian_filter(np.asarray(m, float), sigma)
+    return {k: np.stack([one(m) for m in v]) for k, v in maps.items()} if sigma else maps
+
+def _with_notes(suptitle, shown, n, blur):
+    "The heading, and what a reader must know: patches that are left out, and smoothing."
+    notes = [f'the first {shown} of {n:,}']*(shown < n)
+    if blur: notes.append(f'maps blurred by {blur:g} pixels for viewing')
+    return f'{suptitle or "Maps"} ({"; ".join(notes)})' if notes else suptitle
+
 # %% ../nbs/foundation/06_plots.ipynb #780f21bc
 @_styled
 def compare_maps(
@@ -431,17 +455,21 @@ def compare_maps(
     prob=None, # probabilities (N, K); or (N,), of the second of two classes, else of the predicted class
     stats:dict=None, # name of a method → a number per patch (N,), written above its maps
     suptitle:str=None, # heading
-    **look # signed, scale, overlay, alpha, quantile, unit, stat_name, max_n, box, names: see `MapLook`
+    **look # signed, scale, overlay, alpha, quantile, unit, stat_name, max_n, box, names, masks, blur: see `MapLook`
 ): # a matplotlib Figure
-    "Patches (rows) by methods (columns), with boxes, titles, statistics and a named colour scale. Changes no value."
+    """Patches (rows) by methods (at most seven columns), with boxes, titles, statistics and a named colour scale.
+
+    Changes no value: `blur` smooths what is drawn, the scale is that of the maps as drawn; `stats` are the caller's."""
     im, look = as_images(x), MapLook(**look)
-    n, some, names = len(im), slice(look.max_n), _known(look.names, im.shape[1:3])
-    look, maps = replace(look, names=names), _check_maps(maps, im)
+    n, some, names, maps = len(im), slice(look.max_n), _known(look.names, im.shape[1:3]), _check_maps(maps, im)
     stats, y = _check_stats(stats, maps, n), None if y is None else _labels(y, n, names)
+    what, masks = _masks(look.masks, n, im, names)
     first, im, y = _patch_titles(y, pred, prob, n, names)[some], im[some], None if y is None else y[some]
-    if len(im) < n: suptitle = f'{suptitle or "Maps"} (the first {len(im)} of {n:,})'
     maps, titles = {k: m[some] for k, m in maps.items()}, _map_titles(maps, stats, look.stat_name, first)
-    return _draw_comparison(im, maps, y, titles, look, suptitle)
+    look = replace(look, names=names, signed=dict(zip(maps, _signs(maps, look.signed))),
+                   masks=None if masks is None else {what: masks[some]})
+    suptitle = _with_notes(suptitle, len(im), n, look.blur)
+    return _draw_comparison(im, _blurred(maps, look.blur), y, titles, look, suptitle)
 
 # %% ../nbs/foundation/06_plots.ipynb #ac45346e
 def _map_titles(maps, stats, stat_name, first):
@@ -457,14 +485,16 @@ def _draw_comparison(im, maps, y, titles, look, suptitle):
     (n, h, w), scales = im.shape[:3], _scales(maps, look.signed, look.scale, look.quantile)
     right, side = .85*(look.scale == 'row'), _side(look.box, (h, w), look.names)
     width = max(1.72*(len(maps) + 1) + .08 + right, 4.2)
-    columns, y0 = _legend_size(entries := _entries(y, look.names, side), width)
+    (what, masks), = (look.masks or {None: None}).items()
+    columns, y0 = _legend_size(entries := _entries(y, look.names, side, what), width)
     around = _heading_height(suptitle, width), right, y0 + .65*_bar_strip(scales, look.scale, width) + .05
     fig, axs = _grid(n, len(maps) + 1, h/w, head=_head(sum(titles, [])), around=around, min_width=4.2)
     for i, row in enumerate(axs):
-        label = None if y is None else y[i]
-        _draw_patch(row[0], im[i], side, label)
+        label, mask = (None if v is None else v[i] for v in (y, masks))
+        _draw_patch(row[0], im[i], side, label, mask, lw=1)
         for j, m in enumerate(maps.values()):
             show_map(row[j + 1], im[i].transpose(2, 0, 1), m[i], *scales[i, j], look.weight, label, side)
+            _outline(row[j + 1], mask, lw=1)
         for ax, title in zip(row, titles[i]): ax.set_title(title, size=10, pad=4)
     _bars(fig, axs, scales, look, float(im.mean()), y0)
     _heading(fig, suptitle)
@@ -680,7 +710,12 @@ def _check_columns(df, *columns):
     missing = [c for c in columns if c not in df]
     if missing: raise ValueError(f'df lacks {", ".join(missing)}: it has {", ".join(map(str, df))}; rename or add')
 
-def _bounds(df): return np.abs(df[['low', 'high']].to_numpy(float).T - df['estimate'].to_numpy(float))
+def _bounds(df):
+    "Lengths of the two bars (2, rows); nan, which draws no bar, where either bound is unknown."
+    bars = np.abs(df[['low', 'high']].to_numpy(float).T - df['estimate'].to_numpy(float))
+    return np.where(np.isnan(bars).any(0), np.nan, bars)
+
+def _bar_name(df): return 'estimate, 95 % interval' if df[['low', 'high']].notna().all(axis=1).any() else 'estimate'
 
 def _row_names(df):
     "The name of each row, with its n where the table has one."
@@ -711,7 +746,7 @@ def plot_intervals(
     if chance is not None:
         ax.axvline(chance, color='grey', ls='--', lw=1.2, label=f'chance {chance:.3g}' if chance else 'no difference')
     ax.errorbar(df['estimate'], at, xerr=_bounds(df), fmt='o', color='black', ms=6, elinewidth=2, capsize=3,
-                label='estimate, 95 % interval')
+                label=_bar_name(df))
     ax.set_yticks(at, _row_names(df))
     ax.set(xlabel=xlabel, title=title, ylim=(len(df) - .5, -.5))
     ax.grid(axis='x', alpha=.3)
@@ -758,6 +793,6 @@ def _draw_curve(ax, at, df, line, name, shift, bars):
     if {'null_low', 'null_high'} <= set(df):
         label = f'{name} null, 95 %'.strip()
         ax.fill_between(at, df['null_low'], df['null_high'], color=line['color'], alpha=.15, lw=0, label=label)
-    label = name if name != '' else 'estimate, 95 % interval' if bars else 'estimate'
+    label = name if name != '' else _bar_name(df)
     bars = _bounds(df) if bars else None
     ax.errorbar(at + shift, df['estimate'], bars, **line, marker='o', ms=6, capsize=3, label=label)
