@@ -73,15 +73,15 @@ def _given_baseline(x, value):
         raise ValueError(f'baseline has shape {tuple(t.shape)}: '
                          f'expected (3,), {tuple(x.shape[1:])} or {tuple(x.shape)}') from None
 
-# %% ../nbs/foundation/12_questions.ipynb #4a4217b2
+# %% ../nbs/foundation/12_questions.ipynb #c0036d6f
 def replaced(
     x:torch.Tensor, # images (b, 3, H, W), or one for all
     hidden:torch.Tensor, # what takes the place of their pixels, like x
     visible:torch.Tensor # (b, H, W) bool
 ) -> torch.Tensor: # (b, 3, H, W), channels_last
     "Images with other pixels where they are not visible."
-    colours = visible[:, None].expand(-1, 3, -1, -1)
-    return torch.where(colours.contiguous(memory_format=torch.channels_last), x, hidden)   # a copied mask is twice as fast
+    three = visible[:, None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)   # half the time
+    return torch.where(three, x, hidden)
 
 # %% ../nbs/foundation/12_questions.ipynb #4b1dc4b6
 class Question:
