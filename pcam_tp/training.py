@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from .classifier import Classifier, evaluating, predict
 from .core import atomic, best_batch_size, best_device, fastest_precision, progress, sizes
 from .data import Batches, Split, split_id, to_float
-from .stats import auc_interval, calibration_error, interval, macro_auc, nll, roc_auc
+from .stats import auc_interval, calibration_interval, interval, macro_auc, nll, roc_auc
 from .synthetic import colour_features
 
 # %% ../nbs/foundation/14_training.ipynb #f1cc2321
@@ -286,16 +286,18 @@ def probabilities(
 # %% ../nbs/foundation/14_training.ipynb #c145b30c
 def results(
     predictions:pd.DataFrame, # of `evaluate`
-    n_resamples:int=None # as the budget says if None
-) -> pd.DataFrame: # a row per metric: estimate, 95 % interval, n, what was resampled
-    "Accuracy and AUC (higher = better), NLL and calibration error (lower = better), by slide where slides are known."
+    n_resamples:int=None # of a bootstrap by patch, as the budget says if None
+) -> pd.DataFrame: # a row per metric: estimate, 95 % interval (nan below 6 slides), n, by patch or by slide
+    """Accuracy and AUC (higher = better), NLL and calibration error (lower = better), by slide where slides are known.
+
+    The calibration error is the root mean square without the bias of chance: see `stats.calibration_interval`."""
     y, p = predictions.y.to_numpy(), probabilities(predictions)
     correct = (predictions.pred == predictions.y).to_numpy().astype(float)
     options = dict(n_resamples=n_resamples or sizes().n_resamples,
                    by=None if predictions.slide.isna().any() else predictions.slide.to_numpy())
     rows = dict(accuracy=interval(correct, **options), auc=auc_interval(y, p, **options),
                 nll=interval(nll(y, p), **options),
-                calibration_error=interval((y, p), statistic=calibration_error, **options))
+                calibration_error=calibration_interval(y, p, options['by']))
     return pd.DataFrame([dict(metric=k, **v._asdict()) for k, v in rows.items()])
 
 # %% ../nbs/foundation/14_training.ipynb #332ab3ee

@@ -160,7 +160,7 @@ def test_three_classes_are_trained_and_judged(three, learnt):
     found = training.results(predictions, n_resamples=99).set_index('metric')
     expected = dict(auc=ovr(y, p), nll=log_loss(y, p), accuracy=accuracy_score(y, predictions.pred))
     for metric, value in expected.items(): assert found.estimate[metric] == pytest.approx(value), metric
-    assert (found.low <= found.estimate).drop('calibration_error').all() and (found.n == 8).all(), found   # slides
+    assert ((found.low <= found.estimate) & (found.estimate <= found.high)).all() and (found.n == 8).all(), found   # slides
     assert training.slide_table(predictions).patches.sum() == 96
 
 
