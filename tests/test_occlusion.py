@@ -1,12 +1,15 @@
-"What is too heavy or too odd for 05_occlusion: large networks, many classes, odd shapes, somebody's autocast, masks."
+"""What a student runs past in 05_occlusion: known answers, captum, large networks, many classes, odd shapes, masks."""
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conftest import settled
 from pcam_tp.classifier import Classifier, class_score, evaluating
+from pcam_tp.data import Split, open_splits, subset
+from pcam_tp.maps import centre_mask, rank_correlation
 from pcam_tp.models import build, small_cnn
-from pcam_tp.occlusion import _RandomMasks, occlusion, paint_windows, rise, window_starts
+from pcam_tp.occlusion import _RandomMasks, occlusion, paint_windows, rise, tumour_patches, window_starts
 from pcam_tp.questions import baseline
 
 X = torch.rand(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
@@ -114,3 +117,168 @@ def test_errors_name_the_argument(options, said):
 @pytest.mark.parametrize('x', [X[0], X.numpy(force=True), (255*X).byte(), X[:, :1], X[:0]])
 def test_errors_name_x(x):
     with pytest.raises(ValueError, match='x is '): occlusion(build('small_cnn', width=.1), x)
+
+
+# Where windows lie, and how they are painted
+
+def test_window_starts():
+    "Every stride, and once more flush with a border that would be left over."
+    assert window_starts((96, 96)) == ([*range(0, 81, 8)],)*2
+    assert window_starts((50, 96), window=(20, 32), stride=(12, 32)) == ([0, 12, 24, 30], [0, 32, 64])
+    assert (occlusion.passes(), occlusion.passes(window=24, stride=12)) == (122, 50)
+
+
+@pytest.mark.parametrize('bad', [0, 8., (16,), (4, -1), None, 97])
+def test_windows_that_do_not_fit(bad):
+    with pytest.raises(ValueError, match='window is'): window_starts((96, 96), bad)
+
+
+def test_painting_is_fold():
+    "PyTorch adds up overlapping blocks; a mean divides by how many there are."
+    values = torch.randn(3, 9, 5)
+    blocks = lambda v: F.fold(v.flatten(1)[:, None].expand(-1, 12*10, -1), (60, 34), (12, 10), stride=6)[:, 0]
+    torch.testing.assert_close(paint_windows(values, (60, 34), (12, 10), 6), blocks(values)/blocks(torch.ones_like(values)))
+    with pytest.raises(ValueError, match=r'\(N, 11, 11\)'): paint_windows(values, (96, 96))
+
+
+# Known answers
+
+def linear():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3*96*96, 2))
+    return Classifier(net, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+class Spots(nn.Module):
+    "Logits (0, z), where z combines the mean brightness of 8×8 spots by 'mean', 'amax' or 'amin'."
+    def __init__(self, *corners, combine='mean'):
+        super().__init__()
+        self.corners, self.combine, self.weight = corners, combine, nn.Parameter(torch.ones(()))
+    def forward(self, x):
+        spots = torch.stack([x[:, :, r:r + 8, c:c + 8].mean((1, 2, 3)) for r, c in self.corners], 1)
+        z = self.weight*getattr(spots, self.combine)(1)
+        return torch.stack([0*z, z], 1)
+
+
+def reads(*corners, **options): return Classifier(Spots(*corners, **options), mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def test_drops_of_a_linear_network_are_sums():
+    "Of w·(x − b) inside the window; those of tiles add up to the drop of hiding everything."
+    model, b = linear(), baseline(X, 'blur')
+    w = model.net[1].weight.detach().view(2, 3, 96, 96)
+    credit = ((w[1] - w[0])*(X - b)).sum(1, keepdim=True)
+    found = occlusion(model, X, 1, baseline='blur', details=True)[1]['drops']
+    torch.testing.assert_close(found, 256*F.avg_pool2d(credit, 16, 8)[:, 0], rtol=0, atol=1e-4)
+    tiles = occlusion(model, X, 1, baseline='blur', stride=16, details=True)[1]
+    at_once = tiles['score'] - class_score(model(b), torch.ones(3, dtype=torch.long)).detach()
+    torch.testing.assert_close(tiles['drops'].sum((1, 2)), at_once, rtol=0, atol=1e-3)   # 37 scores near 1
+
+
+def test_one_spot():
+    "Above 0 wherever a window touches it, 0 elsewhere, and centred on it."
+    m = occlusion(reads((44, 20)), torch.ones(1, 3, 96, 96), 1, baseline='black')[0]
+    touched = torch.zeros(96, 96, dtype=torch.bool)
+    touched[32:64, 8:40] = True
+    assert (m[touched] > .01).all()
+    torch.testing.assert_close(m[~touched], torch.zeros(96*96 - 32*32), rtol=0, atol=1e-6)
+    at = torch.arange(96, dtype=torch.float32)
+    torch.testing.assert_close(torch.stack([m.sum(1) @ at, m.sum(0) @ at])/m.sum(), torch.tensor([47.5, 23.5]))
+
+
+@pytest.mark.parametrize('combine, expected', [('amax', (0., 0.)), ('amin', (1., 1.)), ('mean', (.5, .5))])
+def test_two_spots(combine, expected):
+    model = reads((16, 16), (72, 72), combine=combine)
+    d = occlusion(model, torch.ones(1, 3, 96, 96), 1, baseline='black', details=True)[1]['drops'][0]
+    torch.testing.assert_close(torch.stack([d[2, 2], d[9, 9]]), torch.tensor(expected))
+
+
+def test_a_crop_of_images_that_are_not_square():
+    model = build('small_cnn', width=.1, geometry=dict(crop=64)).requires_grad_(False)
+    maps = occlusion(model, X[..., :88], window=20, stride=12)   # the crop is rows 16–79 and columns 12–75
+    assert maps.shape == (3, 96, 88) and maps[:, 16:80, 12:76].any()
+    assert maps.count_nonzero() == maps[:, 16:80, 12:76].count_nonzero()
+
+
+# captum
+
+def of_captum(model, x, target, window=16, stride=8):
+    from captum.attr import Occlusion
+    shapes = dict(sliding_window_shapes=(3, window, window), strides=(3, stride, stride))
+    with torch.no_grad(), evaluating(model):
+        maps = Occlusion(model).attribute(x, target=target, baselines=baseline(x), perturbations_per_eval=8, **shapes)
+    return maps.mean(1).float()
+
+
+@pytest.mark.parametrize('name', ['small_cnn', 'resnet18'])
+def test_captum_agrees(name):
+    model, target = settled(build(name, **dict(width=.2) if name == 'small_cnn' else {})), torch.tensor([0, 1, 1])
+    ours = occlusion(model, X, target, window=24, stride=12, score='logit')
+    theirs = of_captum(model, X, target, 24, 12)
+    assert (ours - theirs).norm() < 1e-3*theirs.norm() and rank_correlation(ours, theirs).min() > .999
+
+
+def test_captum_cuts_the_last_window():
+    "It hangs over the border there; ours is moved back until it fits. Before it, at pixel 76, the maps are equal."
+    model = linear()
+    ours, theirs = occlusion(model, X, 1, window=20, stride=12, score='logit'), of_captum(model, X, 1, 20, 12)
+    torch.testing.assert_close(ours[:, :76, :76], theirs[:, :76, :76], rtol=0, atol=1e-4)
+    assert (ours - theirs)[:, 76:].abs().max() > 1e-3
+
+
+# RISE
+
+def test_masks_favour_no_place():
+    masks = _RandomMasks(400, 6, .5, (90, 96), 0, X.device)[torch.arange(400)]
+    assert abs(masks.mean().item() - .5) < .02 and masks.mean(0).std() < .05
+
+
+def spline(d):
+    "The cubic B-spline: the overlap of two bilinear weights under a random shift, d cells apart."
+    d = d.abs()
+    return torch.where(d < 1, 2/3 - d**2 + d**3/2, (2 - d).clamp(min=0)**3/6)
+
+
+def test_rise_of_one_spot():
+    "The covariance of two mask values, the pixel's and the spot's, divided by p: (1 − p)·B(rows)·B(columns)."
+    at = torch.arange(96, dtype=torch.float32)
+    line = lambda first: spline((at[:, None] - torch.arange(first, first + 8))/16).mean(1)   # the spot has 8 pixels
+    found = rise(reads((28, 60)), torch.ones(1, 3, 96, 96), 1, baseline='black', n_masks=4000)[0]
+    expected = .5*line(28)[:, None]*line(60)
+    torch.testing.assert_close(found, expected, rtol=0, atol=.05)
+    assert (found - expected).square().mean().sqrt() < .015
+
+
+def test_rise_of_a_constant_score_is_zero():
+    nothing = rise(reads((28, 60)), torch.ones(1, 3, 96, 96), 1, n_masks=50)   # white on white
+    torch.testing.assert_close(nothing, torch.zeros_like(nothing), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('options, said', [
+    (dict(n_masks=1), 'n_masks is 1'), (dict(n_masks=2.5), 'n_masks is 2.5'), (dict(cells=0), 'cells is 0'),
+    (dict(p=1.), 'p is 1.0'), (dict(p='half'), "p is 'half'"), (dict(baseline='grey'), 'white, black')])
+def test_errors_of_rise(options, said):
+    with pytest.raises(ValueError, match=said): rise(build('small_cnn', width=.1), X, **options)
+
+
+# Which patches a lab asks about
+
+class Always(nn.Module):
+    "Says tumour, whatever it sees."
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+    def forward(self, x): return torch.stack([0*x.mean((1, 2, 3)), 5*self.weight + 0*x.mean((1, 2, 3))], 1)
+
+
+def test_tumour_patches(monkeypatch):
+    "In turn from every slide, with the region where it is known and does not fill the patch; else the centre box."
+    split, model = subset(open_splits()[1], 100), Classifier(Always())
+    found = tumour_patches(model, split, 8)
+    assert found.x.shape == (8, 3, 96, 96) and len(set(found.by)) == min(8, len(set(split.slides[split.y == 1])))
+    assert torch.equal(found.where, found.masks) and (found.masks.float().mean((1, 2)) < .9).all()
+    patches = torch.from_numpy(split.patches(split.y == 1)).permute(0, 3, 1, 2)/255
+    assert all((patches.cpu() - x.cpu()).abs().amax((1, 2, 3)).min() < 1e-6 for x in found.x)
+    monkeypatch.setattr(Split, 'masks', lambda self, index: None)
+    monkeypatch.setattr(Split, 'slides', None)
+    plain = tumour_patches(model, split, 8)
+    assert plain.masks is None and plain.by is None and torch.equal(plain.where, centre_mask())
