@@ -30,14 +30,13 @@ def path_rule(
     points, weights = np.polynomial.legendre.leggauss(n_steps)
     return (points + 1)/2, weights/2
 
-# %% ../nbs/06_integrated_gradients.ipynb #ede38eb9
+# %% ../nbs/06_integrated_gradients.ipynb #971fab44
 def _several(baseline): return list(baseline) if isinstance(baseline, (list, tuple)) else [baseline]
 
 def _path_passes(n_steps, method, details, baseline='white', **_):
     _check_rule(n_steps, method)
     return len(_several(baseline))*(n_steps + details) + details
 
-# %% ../nbs/06_integrated_gradients.ipynb #971fab44
 @explainer(signed=True, source='Sundararajan et al. 2017', passes=_path_passes)
 def integrated_gradients(q,
     *, n_steps:int=50, # points on each path
@@ -49,18 +48,22 @@ def integrated_gradients(q,
     the maps of all, and its j-th 'noise' takes seed + j.
     A map adds up to score − baseline_score + delta, where delta is the error of the rule.
     `details`: 'delta', 'score', 'baseline_score' (N,) and 'attributions' (N, 3, H, W)."""
-    points, weights = path_rule(n_steps, method)
-    kinds = _several(q.hides)
-    if not kinds: raise ValueError('baseline is an empty list: expected at least one word or tensor')
-    begin = torch.stack([q.baseline(k, q.seed + j) for j, k in enumerate(kinds)])   # (B, n, 3, H, W)
-    column = lambda v: torch.tensor(v, dtype=torch.float32, device=q.device).view(-1, 1, 1, 1)
-    a, w = column(points), column(weights/len(kinds))
-    def make(i, j): return torch.lerp(begin[j//n_steps, i], q.x[i], a[j % n_steps])
-    def each(g, i, j): return (q.x[i] - begin[j//n_steps, i]).mul_(w[j % n_steps]).mul_(g)
-    attributions = q.gradients(make, n_steps*len(kinds), each)
+    kinds, begin, points, weights = _paths(q, n_steps, method)
+    def make(i, j): return torch.lerp(begin[j//n_steps, i], q.x[i], points[j % n_steps])
+    def each(g, i, j): return (q.x[i] - begin[j//n_steps, i]).mul_(weights[j % n_steps]).mul_(g)
+    attributions = q.gradients(make, n_steps*kinds, each)
     return attributions.sum(1), _account(q, begin, attributions) if details else {}
 
 # %% ../nbs/06_integrated_gradients.ipynb #1755ca65
+def _paths(q, n_steps, method):
+    "How many baselines, where the paths begin (B, n, 3, H, W), their points and weights (n_steps, 1, 1, 1)."
+    kinds = _several(q.hides)
+    if not kinds: raise ValueError('baseline is an empty list: expected at least one word or tensor')
+    begin = torch.stack([q.baseline(k, q.seed + j) for j, k in enumerate(kinds)])
+    column = lambda v: torch.tensor(v, dtype=torch.float32, device=q.device).view(-1, 1, 1, 1)
+    points, weights = path_rule(n_steps, method)
+    return len(kinds), begin, column(points), column(weights/len(kinds))
+
 def _account(q, begin, attributions):
     "What the map adds up to."
     score, first = q.scores()[:, 0], q.scores(lambda i, j: begin[j, i], len(begin)).mean(1)

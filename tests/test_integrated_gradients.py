@@ -1,11 +1,14 @@
-"What 06_integrated_gradients cannot show in a second: many networks, classes and shapes, baselines of every form."
+"""What a student runs past in 06_integrated_gradients: known answers, captum, many networks, classes and shapes,
+baselines of every form."""
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 from conftest import settled
-from pcam_tp.classifier import Classifier, class_score, predict
+from pcam_tp.classifier import Classifier, class_score, evaluating, predict
 from pcam_tp.integrated_gradients import PATH_RULES, integrated_gradients, path_rule
+from pcam_tp.maps import rank_correlation
 from pcam_tp.models import build
 from pcam_tp.questions import baseline
 
@@ -111,7 +114,9 @@ def test_rules(n):
 @pytest.mark.parametrize('options, says', [
     (dict(baseline=['white', torch.rand(2, 3, 96, 96)]), 'each of the 3 images'),
     (dict(baseline=['grey']), 'expected one of'),
-    (dict(baseline=()), 'empty'), (dict(n_steps=True), 'n_steps is True'), (dict(n_steps='50'), "n_steps is '50'"),
+    (dict(baseline=()), 'empty'), (dict(baseline=[]), 'empty'), (dict(n_steps=0), 'n_steps is 0'),
+    (dict(n_steps=2.5), 'whole number'), (dict(method='trapezoid'), 'gausslegendre, midpoint'),
+    (dict(baseline=X[0, :, :9]), 'shape'), (dict(n_steps=True), 'n_steps is True'), (dict(n_steps='50'), "n_steps is '50'"),
     (dict(n_steps=-1), 'n_steps is -1'), (dict(method='left'), 'midpoint'), (dict(score='loss'), 'log_odds')])
 def test_bad_input(options, says):
     with pytest.raises(ValueError, match=says): integrated_gradients(build('small_cnn', width=.1), X, **options)
@@ -135,3 +140,96 @@ def test_passes_of_lists_and_details():
             method(model, X, 1, **options)
             assert sum(seen) == 3*method.passes((96, 96), **options)
             seen.clear()
+
+
+# Known answers
+
+class Power(torch.nn.Module):
+    "One logit, Σ w·xᵖ."
+    def __init__(self, p, shape=(3, 6, 5)):
+        super().__init__()
+        self.p, self.w = p, torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    def forward(self, x): return (self.w*x**self.p).sum((1, 2, 3))
+
+
+def power(p): return Classifier(Power(p), mean=(0., 0, 0), std=(1., 1, 1))
+def weights(model): return model.net.w.detach()
+
+
+TOY = torch.rand(4, 3, 6, 5, generator=torch.Generator().manual_seed(1))
+EXACT = dict(rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('n', [1, 7])
+@pytest.mark.parametrize('method', PATH_RULES)
+def test_a_linear_network(method, n):
+    "w·(x − b) for any number of steps and both rules; nothing is missing."
+    model, b = power(1), torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(2))
+    m, d = integrated_gradients(model, TOY, 1, baseline=b, n_steps=n, method=method, details=True)
+    assert_close(m, (weights(model)*(TOY - b)).sum(1), **EXACT)
+    assert_close(d['delta'], torch.zeros_like(d['delta']), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('n', [1, 2, 10])
+def test_quadratic_and_cubic_networks(n):
+    "From black one midpoint is exact for the first; the second is off by 1/(4n²), and two points of Gauss are exact."
+    quadratic, cubic = power(2), power(3)
+    of = lambda model, **options: integrated_gradients(model, TOY, 1, baseline='black', **options)
+    assert_close(of(quadratic, n_steps=n, method='midpoint'), (weights(quadratic)*TOY**2).sum(1), **EXACT)
+    exact = (weights(cubic)*TOY**3).sum(1)
+    assert_close(of(cubic, n_steps=n, method='midpoint'), exact*(1 - 1/(4*n**2)), **EXACT)
+    if n > 1: assert_close(of(cubic, n_steps=n), exact, **EXACT)
+    else: assert (of(cubic, n_steps=1) - exact).abs().max() > 1e-3
+
+
+def test_the_image_itself_as_baseline():
+    assert integrated_gradients(power(3), TOY, 1, baseline=TOY).abs().max() == 0
+
+
+def test_the_loop():
+    "A gradient at each middle, one after the other: the same credits, and the same that is missing."
+    model, target, n = settled(build('small_cnn', width=.2)), torch.tensor([1, 0, 1]), 8
+    b, total = torch.zeros_like(X), torch.zeros_like(X)
+    for k in range(n):
+        point = (b + (k + .5)/n*(X - b)).requires_grad_()
+        total += torch.autograd.grad(class_score(model(point), target).sum(), point)[0]/n
+    expected = (X - b)*total
+    maps, info = integrated_gradients(model, X, target, baseline='black', n_steps=n, method='midpoint', details=True)
+    off = lambda a, b: ((a - b).norm()/b.norm()).item()   # of all pixels: rounding turns a few ReLUs on or off
+    assert off(info['attributions'], expected) < .005 and off(maps, expected.sum(1)) < .005
+
+
+def test_blind_where_the_image_is_the_baseline():
+    "White pixels get exactly nothing from white, whatever they do; from black they get something."
+    model, x = settled(build('small_cnn', width=.2)), X.clone()
+    x[..., 40:56, 40:56] = 1
+    credit = lambda k: integrated_gradients(model, x, 1, baseline=k, n_steps=4)[:, 40:56, 40:56]
+    assert credit('white').abs().max() == 0 and credit('black').abs().max() > 0
+
+
+# captum
+
+def of_captum(model, x, target, b, n, method):
+    from captum.attr import IntegratedGradients
+    def score(images, t): return class_score(model(images), t)
+    with evaluating(model):
+        ig = IntegratedGradients(score)
+        return ig.attribute(x, b, additional_forward_args=(target,), n_steps=n, method=method).detach().float()
+
+
+@pytest.mark.parametrize('n, ours, theirs', [(20, 'gausslegendre', 'gausslegendre'), (12, 'midpoint', 'riemann_middle')])
+@pytest.mark.parametrize('name, options', [('small_cnn', dict(width=.2)), ('resnet18', {})])
+def test_captum_agrees(name, options, n, ours, theirs):
+    model, target, b = settled(build(name, **options)), torch.tensor([1, 0]), baseline(X[:2], 'blur')
+    maps, d = integrated_gradients(model, X[:2], target, baseline=b, n_steps=n, method=ours, details=True)
+    reference = of_captum(model, X[:2], target, b, n, theirs)
+    assert (d['attributions'] - reference).norm() < 5e-3*reference.norm()
+    assert rank_correlation(maps, reference.sum(1)).min() > .999
+
+
+def test_captums_trapezoid_loses_credit():
+    "Its weights sum to (n − 1)/n, so that a tenth is gone with 10 steps, of a linear network too."
+    model, black = power(1), torch.zeros_like(TOY)
+    lost = of_captum(model, TOY, torch.ones(4, dtype=torch.long), black, 10, 'riemann_trapezoid')
+    share = lost.sum((1, 2, 3))/model.net(TOY).detach()
+    assert_close(share, torch.full_like(share, .9), rtol=0, atol=1e-4)
