@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .classifier import predict
 from .data import Batches
 from .maps import centre_mask
-from .questions import autocast, explainer
+from .questions import autocast, explainer, replaced
 
 # %% ../nbs/05_occlusion.ipynb #8df09a0b
 def tumour_patches(
@@ -103,7 +103,7 @@ def occlusion(q,
     b, k = q.baseline(), len(cols)
     def hidden(i, j):
         inside = rows[j//k, :, None] & cols[j % k, None]
-        return torch.where(inside[:, None], b[i], q.x[i])
+        return replaced(b[i], q.x[i], inside)
     score = q.scores()
     drops = (score - q.scores(hidden, len(rows)*k)).view(-1, len(rows), k)
     return paint_windows(drops, shape, window, stride), dict(drops=drops, score=score[:, 0])
