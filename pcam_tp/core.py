@@ -180,17 +180,17 @@ def picture(
     fig, # a matplotlib figure
     alt:str='', # what a reader who cannot see it should know
     width:int=1400, # pixels at most
-    most:int=60_000 # bytes that are aimed at: a larger JPEG takes a lower quality, down to 25
+    most:int=40_000 # bytes that are aimed at: a larger JPEG takes a lower quality, down to 20
 ) -> Image: # shown by a notebook when it ends a cell, with its alternative text
     "The figure as a small PNG of 64 colours (lines) or JPEG (photographs), of at most 110 dpi."
     fig.savefig(data := io.BytesIO(), format='png', dpi=min(110, width/fig.get_figwidth()), bbox_inches='tight',
                 pil_kwargs=dict(compress_level=1))
     drawn = PIL.Image.open(data).convert('RGB')
-    if drawn.getcolors(_FEW_COLOURS): kind, small = 'png', _encoded(drawn.quantize(64, dither=0), 'png')
-    else: kind, small = 'jpeg', _encoded(drawn, 'jpeg', quality=50, progressive=True)
-    for quality in (40, 30, 25):
-        if kind == 'jpeg' and len(small) > most: small = _encoded(drawn, kind, quality=quality, progressive=True)
-    return Image(small, format=kind, alt=alt or None)
+    if drawn.getcolors(_FEW_COLOURS):
+        return Image(_encoded(drawn.quantize(64, dither=0), 'png'), format='png', alt=alt or None)
+    for quality in (50, 40, 30, 20):
+        if len(small := _encoded(drawn, 'jpeg', quality=quality, progressive=True)) <= most: break
+    return Image(small, format='jpeg', alt=alt or None)
 
 _FEW_COLOURS = 5000  # lines with their soft edges have fewer, a photograph has more
 def _encoded(drawn, format, **options):
