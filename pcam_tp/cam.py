@@ -17,12 +17,11 @@ from .questions import explainer, questions
 def _gradcam(A, g): return torch.einsum('nk,nkhw->nhw', g.mean((2, 3)), A)
 def _hirescam(A, g): return torch.einsum('nkhw,nkhw->nhw', g, A)
 def _layercam(A, g): return torch.einsum('nkhw,nkhw->nhw', g.relu(), A)
-def _gradcam_pp(A, g, eps=1e-6):
-    g2 = g*g
-    alpha = g2/(2*g2 + A.sum((2, 3), keepdim=True)*g2*g + eps)
-    return torch.einsum('nk,nkhw->nhw', (alpha*g.relu()).sum((2, 3)), A)
+def _alpha(A, g, eps=1e-6):
+    "Grad-CAM++'s coefficients: 1/(2 + g·ΣA) wherever g is not 0."
+    return g*g/(2*g*g + A.sum((2, 3), keepdim=True)*g*g*g + eps)
+def _gradcam_pp(A, g): return torch.einsum('nk,nkhw->nhw', (_alpha(A, g)*g.relu()).sum((2, 3)), A)
 
-# %% ../nbs/03_gradcam.ipynb #3dd82b93
 _FORMULAS = dict(gradcam=_gradcam, hirescam=_hirescam, gradcam_pp=_gradcam_pp, layercam=_layercam)
 
 # %% ../nbs/03_gradcam.ipynb #1aa090f0
@@ -40,7 +39,6 @@ def _map(q, method, layer, details):
     found = dict(grid=grids[0]) if len(grids) == 1 else {}
     return maps[0], found | dict(score=q.scores()[:, 0]) if details else found
 
-# %% ../nbs/03_gradcam.ipynb #22713c11
 def _has_layer(model, layer=None, **_):
     "Refuse a model that names no layer, where the user names none either."
     if layer is None: chosen_layers(model)
@@ -62,7 +60,6 @@ def hirescam(q, *, layer=None, details=False):
     "HiResCAM: gradient × activation, summed over channels. `layer` and details: see `gradcam`."
     return _map(q, 'hirescam', layer, details)
 
-# %% ../nbs/03_gradcam.ipynb #43dd5ba5
 @explainer(source='Chattopadhay et al. 2018', **_cam)
 def gradcam_pp(q, *, layer=None, details=False):
     """Grad-CAM++: channels weighted by positive gradients, of the score itself, with pixel-wise coefficients.
@@ -74,9 +71,9 @@ def layercam(q, *, layer=None, details=False):
     "LayerCAM: positive gradient × activation, summed over channels. `layer` and details: see `gradcam`."
     return _map(q, 'layercam', layer, details)
 
+# %% ../nbs/03_gradcam.ipynb #2e64c890
 CAMS = dict(gradcam=gradcam, hirescam=hirescam, gradcam_pp=gradcam_pp, layercam=layercam)
 
-# %% ../nbs/03_gradcam.ipynb #2e64c890
 def cam_grids(
     model:Classifier, x:torch.Tensor, target=None,
     *, layers=None, # a name, several names, or None: the last of `model.layers`

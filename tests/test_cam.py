@@ -1,6 +1,8 @@
-"What 03_gradcam cannot show on two networks: token grids, other outputs and layers, several layers, a pass that breaks."
+"""What 03_gradcam leaves out: theory and parity with the field's libraries, token grids, other outputs and layers,
+several layers, no trace, a pass that breaks."""
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -8,8 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from conftest import settled
-from pcam_tp.cam import CAMS, cam_grids, gradcam
-from pcam_tp.classifier import Classifier, class_score
+from pcam_tp.cam import CAMS, _alpha, cam_grids, gradcam
+from pcam_tp.classifier import Classifier, class_score, get_layer, layer_output
 from pcam_tp.models import build, small_cnn
 from pcam_tp.questions import answers
 
@@ -168,3 +170,141 @@ def test_a_pass_that_breaks_leaves_nothing():
     for f in CAMS.values():
         with pytest.raises(RuntimeError, match='a fault of its own'): f(model, X)
         assert hooks(model) == 0 and all(m.training for m in model.modules()) and torch.is_grad_enabled()
+
+
+# ---------------------------------------------------------------- formulas: theory and the field's libraries
+
+LOGIT = dict(score='logit', methods=('gradcam', 'hirescam'))
+off = lambda a, b: float((a - b).norm()/b.norm())
+
+
+def test_behind_an_average_grad_cam_is_cam():
+    "A ResNet's score is the mean of CAM plus a bias, and Grad-CAM is CAM divided by the number of cells."
+    model = settled(build('resnet18'))
+    target, fc = torch.tensor([0, 1, 1]), model.net.fc
+    w = (fc.weight[target] - fc.weight[1 - target]).detach()
+    cam = torch.einsum('nk,nkhw->nhw', w, layer_output(model, 'layer4', X).detach())
+    score = class_score(model(X), target).detach()
+    assert_close(cam.mean((1, 2)) + (fc.bias[target] - fc.bias[1 - target]).detach(), score, rtol=1e-4, atol=1e-4)
+    ours = cam_grids(model, X, target)['layer4']
+    for method in ('gradcam', 'hirescam'): assert off(cam.shape[1:].numel()*ours[method], cam) < .01
+
+
+def test_what_the_head_proves():
+    "Average: one map. One linear layer: HiResCAM adds up to the logit less its bias, Grad-CAM does not. Two: neither."
+    nets = {h: settled(build('small_cnn', head=h, width=.25)) for h in ('gap', 'flatten', 'mlp')}
+    grids = {h: cam_grids(n, X, 1, **LOGIT)['conv4'] for h, n in nets.items()}
+    def missed(h, method):
+        rest = (nets[h](X)[:, 1] - nets[h].net.head[-1].bias[1]).detach()
+        return off(grids[h][method].sum((1, 2)), rest)
+    assert off(grids['gap']['gradcam'], grids['gap']['hirescam']) < 1e-4
+    assert off(grids['flatten']['gradcam'], grids['flatten']['hirescam']) > .01
+    assert missed('flatten', 'hirescam') < 1e-3 and missed('gap', 'hirescam') < 1e-3
+    assert missed('flatten', 'gradcam') > .01 and missed('mlp', 'hirescam') > .01
+
+
+@each_cam
+def test_the_other_class(f):
+    "One logit is two classes; of two, the log-odds maps are opposite where the formula is linear in the gradient."
+    model = settled(build('small_cnn', width=.2))
+    one = settled(Classifier(small_cnn(n_classes=1, width=.1), layers='conv4'))
+    if f.__name__ in ('gradcam', 'hirescam'):
+        for m in (model, one): assert off(f(m, X, 0), -f(m, X, 1)) < 1e-3
+    else: assert off(f(model, X, 0), -f(model, X, 1)) > .01
+
+
+@each_cam
+def test_a_common_term_in_both_logits(f):
+    "It changes no probability, and so no map of the log-odds; it does change that of a logit."
+    class Common(nn.Module):
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, x):
+            features = self.net[:-1](x)
+            return self.net.head(features) + features.mean((2, 3)).sum(1, keepdim=True)
+    model = settled(build('small_cnn', head='mlp', width=.2))
+    common = Classifier(Common(model.net), layers='net.conv4').eval()
+    assert_close(common(X).softmax(1), model(X).softmax(1), rtol=1e-4, atol=1e-4)
+    assert off(f(common, X, 1), f(model, X, 1)) < .01
+    assert off(f(common, X, 1, score='logit'), f(model, X, 1, score='logit')) > .05
+
+
+def test_grad_cam_plus_plus_alpha():
+    "1/(2 + g·ΣA): it falls with the gradient and does not know the cell's own activation."
+    A, g = torch.tensor([0., 5., 0., 5.]).view(1, 1, 2, 2), torch.tensor([.1, .1, 1., 1.]).view(1, 1, 2, 2)
+    assert_close(_alpha(A, g).flatten(), 1/(2 + 10*g.flatten()), rtol=1e-3, atol=1e-5)
+    assert (_alpha(A, 0*g) == 0).all()
+
+
+@pytest.mark.parametrize('name', ['small_cnn', 'resnet18'])
+def test_the_same_as_grad_cam(name):
+    "grad-cam cuts at 0, scales each image to [0, 1], enlarges and scales again: so do we here with our raw grids."
+    from pytorch_grad_cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
+    from pytorch_grad_cam.utils.image import scale_cam_image
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    theirs = dict(gradcam=GradCAM, hirescam=HiResCAM, gradcam_pp=GradCAMPlusPlus, layercam=LayerCAM)
+    model, target = settled(build(name)), [1, 0, 1]
+    (layer, ours), = cam_grids(model, X, target, score='logit').items()
+    for method, grid in ours.items():
+        mine = scale_cam_image(scale_cam_image(grid.relu().cpu().numpy(), (X.shape[3], X.shape[2])))
+        with theirs[method](model=model, target_layers=[get_layer(model, layer)]) as cam:
+            found = cam(input_tensor=X.clone(), targets=[ClassifierOutputTarget(t) for t in target])
+        assert np.linalg.norm(mine - found) < .01*np.linalg.norm(found), method
+    assert hooks(model) == 0
+
+
+def test_the_same_as_captum():
+    from captum.attr import LayerGradCam, LayerGradientXActivation
+    model, target = settled(build('small_cnn', width=.3)), torch.tensor([1, 0, 1])
+    ours = cam_grids(model, X, target, **LOGIT)['conv4']
+    assert off(ours['gradcam'], LayerGradCam(model, model.net.conv4).attribute(X, target).detach()[:, 0]) < .01
+    assert off(ours['hirescam'], LayerGradientXActivation(model, model.net.conv4).attribute(X, target).detach().sum(1)) < .01
+
+
+def test_grids_and_pixels():
+    "`cam_grids` in small batches, stretched, are the maps; details hold the grid."
+    model = settled(build('resnet18'))
+    grids = cam_grids(model, X, 1, layers=['layer3', 'layer4'], batch_size=2)
+    for method, f in CAMS.items():
+        for layer in ('layer3', 'layer4'):
+            maps, info = f(model, X, 1, layer=layer, details=True)
+            assert off(model.to_pixels(grids[layer][method], X.shape[2:]), maps) < .01
+            assert off(info['grid'], grids[layer][method]) < .01
+
+
+@each_cam
+def test_no_trace_in_a_network_that_learns(f):
+    "Modes, requires_grad, grads, hooks and images stay; `no_grad` and `inference_mode` do not matter, nor does the batch."
+    m = settled(build('small_cnn', width=.1)).train()
+    m.net.conv1.eval(); m.net.conv2.requires_grad_(False)
+    state = lambda: ([k.training for k in m.modules()], [(p.requires_grad, p.grad) for p in m.parameters()], hooks(m), X._version)
+    before = state()
+    with torch.no_grad(): alone = f(m, X[:1], 1)
+    with torch.inference_mode(): inside = f(m, X, 1)
+    assert state() == before
+    assert off(inside[:1], alone) < .01 and off(f(m, X, 1, batch_size=2), inside) < .01
+
+
+@each_cam
+def test_a_frozen_network_that_crops(f):
+    frozen = settled(build('small_cnn', width=.1, geometry=dict(crop=32))).requires_grad_(False)
+    maps = f(frozen, X, 1)
+    assert maps.shape == (3, 48, 64) and not maps[:, :8].any() and not maps[:, :, :16].any() and maps.any()
+
+
+def test_a_hook_sees_what_the_layer_gave():
+    "An in-place ReLU behind a layer overwrites what a hook stored; `Classifier` switches it off."
+    torch.manual_seed(0)
+    raw, kept = torchvision.models.resnet18().eval(), {}
+    assert raw.relu.inplace
+    model = Classifier(raw, layers='bn1').eval()
+    hook = raw.bn1.register_forward_hook(lambda m, i, out: kept.update(stored=out, copy=out.clone()))
+    with torch.no_grad(): model(X)
+    hook.remove()
+    assert kept['copy'].min() < 0 and torch.equal(kept['stored'], kept['copy'])
+
+
+def test_words_of_cam_grids():
+    model = build('small_cnn', width=.1)
+    for options, said in ((dict(methods=('eigencam',)), 'some of gradcam'), (dict(methods='gradcam'), 'in a tuple'),
+                          (dict(methods=()), 'in a tuple'), (dict(layers='conv9'), 'conv1, conv2'), (dict(layers='head'), 'no plain grid')):
+        with pytest.raises(ValueError, match=said): cam_grids(model, X, **options)
