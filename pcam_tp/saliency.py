@@ -13,7 +13,7 @@ import torch
 from .classifier import evaluating
 from .questions import explainer
 
-# %% ../nbs/04_saliency.ipynb #e750d693
+# %% ../nbs/04_saliency.ipynb #b802f431
 _CHANNELS = dict(max=lambda g: g.abs().amax(1), mean=lambda g: g.abs().mean(1), sum=lambda g: g.sum(1))
 
 def _reduced(g, channels):
@@ -21,7 +21,6 @@ def _reduced(g, channels):
     if channels not in _CHANNELS: raise ValueError(f'channels {channels!r}: expected one of {", ".join(_CHANNELS)}')
     return _CHANNELS[channels](g)
 
-# %% ../nbs/04_saliency.ipynb #b802f431
 @explainer(signed=lambda channels, **_: channels == 'sum', source='Simonyan et al. 2014')
 def saliency(q, *, channels='max'):
     """Gradient of the score with respect to the pixels, in score per unit of pixel value.
@@ -53,11 +52,10 @@ def _noisy(q, n_samples, noise):
     sd = noise*(q.x.amax((1, 2, 3)) - q.x.amin((1, 2, 3))).view(-1, 1, 1, 1)
     return lambda i, j: q.x[i] + sd[i]*eps[j]
 
-# %% ../nbs/04_saliency.ipynb #01483d9e
+# %% ../nbs/04_saliency.ipynb #6788b57d
 _KINDS = dict(smoothgrad=lambda mean, square: mean, smoothgrad_sq=lambda mean, square: square,
               vargrad=lambda mean, square: (square - mean**2).relu())   # a variance of 0 may round to less
 
-# %% ../nbs/04_saliency.ipynb #6788b57d
 @explainer(signed=lambda kind, channels, **_: kind == 'smoothgrad' and channels == 'sum', source='Smilkov et al. 2017',
            passes=lambda n_samples, **_: int(n_samples))
 def smoothgrad(q, *, n_samples=25, noise=.15, kind='smoothgrad', channels='sum', details=False):

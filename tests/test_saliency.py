@@ -1,5 +1,6 @@
-"""What 04_saliency cannot show on two networks: every architecture, many classes, odd shapes, a pass that breaks.
-And what holds for CAMs as well: whatever a network returns, however it flattens, in two threads, in double precision."""
+"""What 04_saliency leaves out: known answers, parity with the field's libraries, every architecture, many classes, odd
+shapes, no trace, a pass that breaks. And what holds for CAMs as well: whatever a network returns, however it flattens,
+in two threads, in double precision."""
 import copy, threading
 from types import SimpleNamespace
 
@@ -254,3 +255,186 @@ def test_words_that_help(f):
                              (X, dict(batch_size=0), 'at least 1'), (X, dict(score='sigmoid'), 'log_odds'), (X, dict(precision='int8'), 'fp32')):
         with pytest.raises(ValueError, match=said): f(model, x, **options)
     with pytest.raises(ValueError, match='wrap it, Classifier'): f(model.net, X)
+
+
+# ---------------------------------------------------------------- known answers
+
+class Linear(nn.Module):
+    "Logits (0, w·x): the log-odds of class 1 are w·x."
+    def __init__(self, shape=(3, 8, 6)):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    def forward(self, x): return torch.stack([torch.zeros(len(x), device=x.device), (x*self.w).sum((1, 2, 3))], 1)
+
+class Quadratic(Linear):
+    def forward(self, x): return super().forward(x*x/2)
+
+class Wrapped(nn.Module):
+    "Another network around a trained one."
+    def __init__(self, net, f): super().__init__(); self.net, self.f = net, f
+    def forward(self, x): return self.f(self.net(x), x)
+
+PLAIN = dict(mean=(0, 0, 0), std=(1, 1, 1))   # no normalisation: pixels as they are
+TINY = torch.rand(5, 3, 8, 6, generator=torch.Generator().manual_seed(1))
+off = lambda a, b: float((a - b).norm()/b.norm())   # a unit near its kink may open: two maps as a whole
+wrapped = lambda model, f: Classifier(Wrapped(model, f), **PLAIN).eval()
+
+
+def test_a_linear_network():
+    "The slope is w whatever the image and the noise; Input × Gradient adds up to the score."
+    linear = Classifier(Linear(), **PLAIN)
+    w, ones = linear.net.w.detach(), torch.ones(5, dtype=torch.long)
+    close(saliency(linear, TINY, 1), w.abs().amax(0).expand(5, -1, -1))
+    close(saliency(linear, TINY, 1, channels='mean'), w.abs().mean(0).expand(5, -1, -1))
+    close(saliency(linear, TINY, 0, channels='sum'), -w.sum(0).expand(5, -1, -1))
+    ixg = input_x_gradient(linear, TINY, 1)
+    close(ixg, (w*TINY).sum(1))
+    close(ixg.sum((1, 2)), class_score(linear(TINY), ones).detach())
+    maps, info = smoothgrad(linear, TINY, 1, noise=10., n_samples=3, details=True)
+    close(maps, w.sum(0).expand(5, -1, -1))
+    close(info['squared_gradient'], (w**2).expand(5, -1, -1, -1))
+    close(smoothgrad(linear, TINY, 1, kind='smoothgrad_sq'), (w**2).sum(0).expand(5, -1, -1))
+    assert smoothgrad(linear, TINY, 1, kind='vargrad').abs().max() < 1e-4*(w**2).max()
+
+
+def test_a_quadratic_network():
+    "The log-odds ½Σwx² have the gradient wx: noise e adds we, so the variance is w²·var(e), whatever the image."
+    quadratic = Classifier(Quadratic(), **PLAIN)
+    w = quadratic.net.w.detach()
+    e = torch.randn(5, 3, 8, 6, generator=torch.Generator(quadratic.device).manual_seed(0), device=quadratic.device)
+    spread = (TINY.amax((1, 2, 3)) - TINY.amin((1, 2, 3))).view(-1, 1, 1, 1)
+    variance = (w*.2*spread)**2*e.var(0, correction=0)
+    close(smoothgrad(quadratic, TINY, 1, n_samples=5, noise=.2, kind='vargrad'), variance.sum(1))
+    close(smoothgrad(quadratic, TINY, 1, n_samples=5, noise=.2), (w*(TINY + .2*spread*e.mean(0))).sum(1))
+
+
+def test_a_gradient_is_a_difference():
+    "In double precision, at the steepest slope."
+    model = settled(build('small_cnn', width=.2)).double()
+    x, t = X[:1].double(), torch.tensor([1])
+    slope = saliency(model, x, t, details=True)[1]['gradient'].double().flatten()
+    at = slope.abs().argmax()
+    step = 1e-5*nn.functional.one_hot(at, len(slope)).view_as(x)
+    with torch.no_grad(): up, down = (class_score(model(x + s), t).item() for s in (step, -step))
+    assert abs((up - down)/2e-5 - slope[at].item()) < 1e-3*abs(slope[at].item())
+
+
+def test_noise_by_hand():
+    "The mean of gradients of noisy copies; no noise is the gradient; the seed decides, batches do not."
+    model, t = settled(build('small_cnn', width=.2)), torch.tensor([1, 0])
+    e = torch.randn(4, 3, 96, 96, generator=torch.Generator(model.device).manual_seed(0), device=model.device)
+    spread = (X.amax((1, 2, 3)) - X.amin((1, 2, 3))).view(-1, 1, 1, 1)
+    def slope(x):
+        x = x.requires_grad_()
+        return torch.autograd.grad(class_score(model(x), t).sum(), x)[0]
+    assert off(smoothgrad(model, X, t, n_samples=4), sum(slope(X + .15*spread*k) for k in e).sum(1)/4) < .01
+    assert off(smoothgrad(model, X, t, n_samples=1, noise=0), saliency(model, X, t, channels='sum')) < .01
+    assert off(smoothgrad(model, X[:1], 1, n_samples=5, batch_size=3), smoothgrad(model, X, 1, n_samples=5)[:1]) < .01
+    a, b, c = (smoothgrad(model, X, 1, n_samples=2, seed=k) for k in (3, 3, 4))
+    assert off(a, b) < 1e-3 and off(a, c) > .05
+
+
+def test_smoothed_gradients():
+    "Smoothing the signed gradient is SmoothGrad; the mean of |gradients| is never below the |mean|."
+    model, twice = settled(build('small_cnn', width=.2)), dict(n_samples=4, seed=2)
+    assert off(smoothed(saliency.using(channels='sum'))(model, X, 1, **twice), smoothgrad(model, X, 1, **twice)) < .01
+    for c in ('max', 'mean'):
+        of_maps, of_gradients = smoothed(saliency.using(channels=c))(model, X, 1, **twice), smoothgrad(model, X, 1, channels=c, **twice)
+        assert (of_gradients - of_maps).relu().norm() < .01*of_gradients.norm() < .01*of_maps.norm()
+    assert (smoothed(saliency).signed, smoothed(saliency, n_samples=7).passes()) == (False, 7)
+
+
+# ---------------------------------------------------------------- which score
+
+def test_a_common_term_in_both_logits():
+    "It changes no probability and no map of log-odds or probability; it does change that of a logit."
+    model = settled(build('small_cnn', width=.2))
+    ring = torch.zeros(96, 96); ring[20:24] = .5
+    other = wrapped(model, lambda z, x: z + (ring*(x - .6)).sum((1, 2, 3))[:, None])
+    assert (other(X).softmax(1) - model(X).softmax(1)).abs().max() < 1e-3
+    maps = lambda score: [saliency(m, X, 1, channels='sum', score=score) for m in (other, model)]
+    assert off(*maps('log_odds')) < .01 and off(*maps('probability')) < .01 and off(*maps('logit')) > 1
+
+
+def test_one_logit_of_two():
+    "z = z₁ − z₀ is explained as the pair is; (0, z) has a logit that is constant, and its map is zero."
+    model = settled(build('small_cnn', width=.2))
+    one, zero = (wrapped(model, f) for f in (lambda z, x: z.diff(dim=1), lambda z, x: nn.functional.pad(z.diff(dim=1), (1, 0))))
+    for c in (0, 1): assert off(saliency(one, X, c, channels='sum'), saliency(model, X, c, channels='sum')) < .01
+    assert not saliency(zero, X, 0, score='logit').any() and saliency(zero, X, 1, score='logit').any()
+
+
+def test_a_probability_saturates():
+    "∇p = p(1 − p)·∇log-odds, and nothing at all where p rounds to 1; log-odds only get the factor."
+    model = settled(build('small_cnn', width=.2))
+    t = model(X).argmax(1)
+    odds, of_p = (saliency(model, X, t, score=s) for s in ('log_odds', 'probability'))
+    p = model(X).softmax(1).amax(1).detach()
+    assert off(of_p, odds*(p*(1 - p)).view(-1, 1, 1)) < .01
+    apart = lambda z: z - z.mean(1, keepdim=True)
+    sure = wrapped(model, lambda z, x: 1e4*apart(z) + 1e3*apart(z).sign())
+    assert off(saliency(sure, X, t), 1e4*odds) < .01 and not saliency(sure, X, t, score='probability').any()
+
+
+# ---------------------------------------------------------------- the field's libraries
+
+GRAINY = .95*X + .05*torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')
+@pytest.mark.parametrize('name', ['small_cnn', 'resnet18'])
+def test_the_same_as_captum(name):
+    "A module whose column c is the log-odds of class c, and the same noisy copies on both sides."
+    from captum.attr import GuidedBackprop, InputXGradient
+    model, t = settled(build(name)), torch.tensor([1, 0])
+    odds = Wrapped(model, lambda z, x: torch.stack([z[:, 0] - z[:, 1], z[:, 1] - z[:, 0]], 1))
+    grad = lambda v: Saliency(odds).attribute(v.detach().requires_grad_(), t, abs=False)
+    spread = (GRAINY.amax((1, 2, 3)) - GRAINY.amin((1, 2, 3))).view(-1, 1, 1, 1)
+    e = torch.randn(3, 3, 96, 96, generator=torch.Generator(model.device).manual_seed(0), device=model.device)
+    copies, x = torch.stack([grad(GRAINY + .15*spread*k) for k in e]), GRAINY.clone().requires_grad_()
+    smooth = smoothgrad.using(n_samples=3)
+    for f, theirs in ((saliency, Saliency(odds).attribute(x, t).amax(1)), (saliency.using(channels='sum'), grad(x).sum(1)),
+                      (input_x_gradient, InputXGradient(odds).attribute(x, t).sum(1)), (smooth, copies.mean(0).sum(1)),
+                      (smooth.using(kind='smoothgrad_sq'), copies.square().mean(0).sum(1)),
+                      (guided_backprop, GuidedBackprop(odds).attribute(x, t).sum(1))):
+        assert off(f(model, GRAINY, t), theirs.detach()) < .01 and theirs.any(), f.__name__
+
+
+def test_guided_as_in_grad_cam():
+    "grad-cam exchanges the ReLUs, one image at a time, and writes into `.grad`: it gets a copy."
+    from pytorch_grad_cam import GuidedBackpropReLUModel
+    model = settled(build('small_cnn', width=.3))
+    theirs = GuidedBackpropReLUModel(copy.deepcopy(model), model.device)
+    found = torch.stack([torch.as_tensor(theirs(GRAINY[i:i + 1].clone(), i).sum(-1)) for i in range(2)])
+    assert off(guided_backprop(model, GRAINY, [0, 1], score='logit').cpu(), found.cpu()) < .01
+
+
+# ---------------------------------------------------------------- no trace, and words
+
+@every
+def test_no_trace_in_a_network_that_learns(f):
+    "Modes, requires_grad, grads, hooks and images stay, in `no_grad` and `inference_mode` too; 0 outside a crop."
+    m = settled(build('small_cnn', width=.1, geometry=dict(crop=64))).train()
+    m.net.conv1.eval(); m.net.conv2.requires_grad_(False)
+    state = lambda: ([k.training for k in m.modules()], [(p.requires_grad, p.grad) for p in m.parameters()], hooks(m),
+                     GRAINY._version, GRAINY.requires_grad)
+    before, outside = state(), f(m, GRAINY, 1)
+    with torch.no_grad(): assert off(f(m, GRAINY[:1], 1), outside[:1]) < .01
+    with torch.inference_mode(): assert off(f(m, GRAINY, 1, batch_size=1), outside) < .01
+    assert off(f(copy.deepcopy(m).requires_grad_(False), GRAINY, 1), outside) < .01
+    assert not outside[:, :16].any() and outside.flatten(1).any(1).all()
+    assert state() == before
+
+
+def test_words_of_own_options():
+    model = settled(build('small_cnn', width=.1))
+    for f in (saliency, smoothgrad, guided_backprop):
+        with pytest.raises(ValueError, match='max, mean, sum'): f(model, X, channels='rgb')
+    for options, said in ((dict(n_samples=0), 'whole number'), (dict(n_samples=2.5), 'whole number'), (dict(noise=-.1), 'from 0 up'),
+                          (dict(kind='squared'), 'smoothgrad_sq, vargrad')):
+        with pytest.raises(ValueError, match=said): smoothgrad(model, X, **options)
+    linear, passes = Classifier(Linear(), **PLAIN), []
+    hook = linear.net.register_forward_hook(lambda m, i, out: passes.append(len(out)))
+    with pytest.raises(ValueError, match='no nn.ReLU module, but no activation module'): guided_backprop(linear, TINY)
+    hook.remove()
+    assert not passes, 'before anything is computed'
