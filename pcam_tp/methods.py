@@ -17,11 +17,11 @@ from .cam import gradcam, gradcam_pp, hirescam, layercam
 from .classifier import Classifier, as_logits, chosen_layers, class_score, copied, get_layer
 from .controls import CONTROLS, seeded, shifted, with_controls
 from .integrated_gradients import integrated_gradients
-from .maps import iou, rank_correlation, top_mask, unit_ranks
+from .maps import rank_correlation, top_mask, unit_ranks
 from .occlusion import occlusion, rise
 from .questions import explainer
 from .saliency import guided_backprop, input_x_gradient, saliency, smoothgrad
-from .stats import interval
+from .stats import holm, interval, paired_test
 from .superpixels import kernelshap, lime
 
 # %% ../nbs/08_all_methods.ipynb #f9f391b9
@@ -163,25 +163,43 @@ def agreement(
     by=None, # slide of each image (N,)
     q:float=.25, # share of pixels in the overlap
     seed:int=0
-) -> pd.DataFrame: # a row per pair: rank correlation and IoU with 95 % intervals, and so with the second map shifted
-    """Agreement of each pair of methods, mean over images, beside its null. Images where a map is constant are left out
-    of the pair; n is the number of the others."""
+) -> pd.DataFrame: # a row per pair; for rank correlation and IoU: mean, interval, nulls, difference to `other`, p_holm
+    """Agreement of each pair of methods on the same image, beside two nulls: the second map shifted, and those of all
+    other images. Differences are to `other`, paired; Holm within the table, for each measure. Images where a map is
+    constant are left out of the pair; n is the number of units (images or slides) of the others."""
     ready = {k: (unit_ranks(v), top_mask(v, q, seed)) for k, v in maps.items()}
     rows, names = [], list(maps)
     for i, a in enumerate(names):
         for b in names[i + 1:]:
-            rows.append(dict(a=a, b=b, **_pair(*ready[a], *ready[b], by, seed)))
-    return pd.DataFrame(rows)
+            ok = ~(ready[a][0] + ready[b][0]).flatten(1).isnan().any(1)
+            kept = [v[ok] for v in (*ready[a], *ready[b])]
+            rows.append(dict(a=a, b=b, **_pair(*kept, None if by is None else np.asarray(by)[ok.numpy()], seed)))
+    table = pd.DataFrame(rows)
+    for k in ('rank_correlation', 'iou'): table[f'{k}_p_holm'] = holm(table.pop(f'{k}_p'))
+    return table
+
+# %% ../nbs/08_all_methods.ipynb #c3a95bc0
+def _products(a, b):
+    "Sums over pixels of a[i]·b[j], (N, N)."
+    return a.flatten(1).double() @ b.flatten(1).double().T
+
+def _ious(a, b):
+    both = _products(a, b)
+    return both/(a.flatten(1).sum(1)[:, None] + b.flatten(1).sum(1) - both)
 
 def _pair(ra, ma, rb, mb, by, seed):
-    correlation = lambda r: (ra*r).flatten(1).sum(1).cpu().numpy()
-    values = dict(rank_correlation=correlation(rb), null_rank_correlation=correlation(shifted(rb, seed)),
-                  iou=iou(ma, mb).double().cpu().numpy(), null_iou=iou(ma, shifted(mb, seed)).double().cpu().numpy())
-    ok, out = ~np.isnan(values['rank_correlation']), {}
-    for k, v in values.items():
-        i = interval(v[ok], None if by is None else np.asarray(by)[ok]) if ok.any() else (np.nan,)*5
-        out |= {k: i[0], f'{k}_low': i[1], f'{k}_high': i[2]}
-    return out | dict(n=int(ok.sum()))
+    "The numbers of a pair: ranks and top masks (N, H, W) of each."
+    out, n = dict(n=len(ra) if by is None else len(set(by))), len(ra)
+    for k, of, a, b in (('rank_correlation', _products, ra, rb), ('iou', _ious, ma, mb)):
+        if n < 2: out |= {f'{k}{end}': np.nan for end in _ENDS}; continue
+        square = of(a, b).numpy(force=True)
+        own, other = square.diagonal(), (square.sum(1) - square.diagonal())/(n - 1)
+        i, t = interval(own, by), paired_test(own, other, by)
+        moved = of(a, shifted(b, seed)).diagonal().mean().item()
+        out |= {f'{k}{end}': v for end, v in zip(_ENDS, (*i[:3], moved, other.mean(), *t[:4]))}
+    return out
+
+_ENDS = '', '_low', '_high', '_shifted', '_other', '_difference', '_difference_low', '_difference_high', '_p'
 
 # %% ../nbs/08_all_methods.ipynb #8562f6d9
 def precision_table(
@@ -191,11 +209,12 @@ def precision_table(
     **common # `score`, `baseline`, `batch_size`, `seed` of `explain`
 ) -> pd.DataFrame: # a row per method: 5th percentile, median and lowest rank correlation, n, whether it is allowed
     """Rank correlation of each method's maps in 16 bits with those in 32; constant maps are left out.
-    Allowed: 5th percentile at least .99."""
+    Allowed: 5th percentile at least .99, of at least 200 maps."""
     low, full = (explain(model, x, target, methods, precision=p, **common) for p in (precision, 'fp32'))
     def row(name):
         r = rank_correlation(low[name].cpu(), full[name].cpu())
         r = r[~np.isnan(r)]
         p5, median, lowest = np.quantile(r, (.05, .5, 0)) if len(r) else (np.nan,)*3
-        return dict(method=name, percentile_5=p5, median=median, lowest=lowest, n=len(r), allowed=bool(p5 >= .99))
+        return dict(method=name, percentile_5=p5, median=median, lowest=lowest, n=len(r),
+                    allowed=bool(len(r) >= 200 and p5 >= .99))
     return pd.DataFrame([row(name) for name in full])

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from pcam_tp.classifier import Classifier, predict
+from conftest import settled
+from pcam_tp.classifier import SCORES, Classifier, class_score, predict
 from pcam_tp.controls import untrained
-from pcam_tp.methods import METHODS, agreement, choose, explain, from_captum, from_gradcam
+from pcam_tp.maps import chance_iou, is_blank, random_maps, rank_correlation
+from pcam_tp.methods import METHODS, _ClassScores, agreement, choose, explain, from_captum, from_gradcam, precision_table
 from pcam_tp.models import MODELS, build
 
 X = torch.nn.functional.interpolate(torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)), (96, 96), mode='bicubic').clamp(0, 1)
@@ -222,3 +224,129 @@ def test_agreement_by_slide_has_wider_intervals():
     pair = dict(a=a, b=share*a + (1 - share)*torch.randn(60, 24, 24, generator=g))
     width = lambda t: (t.rank_correlation_high - t.rank_correlation_low)[0]
     assert width(agreement(pair, slide)) > 1.5*width(agreement(pair))
+
+
+def test_every_form_of_asking():
+    "A name, an explainer, a list, a dict; controls beside each method and of the trained network's class."
+    model, gradcam = build('small_cnn', width=.2), METHODS['gradcam']
+    for some in ('gradcam', gradcam, [gradcam], dict(gradcam='gradcam')):
+        assert list(explain(model, X, methods=some)) == ['gradcam']
+    maps = explain(model, X, methods=('gradcam', 'saliency', 'random'), controls=('shifted', 'untrained'))
+    assert list(maps) == ['gradcam', 'gradcam, shifted', 'gradcam, untrained',
+                          'saliency', 'saliency, shifted', 'saliency, untrained', 'random']
+    assert_close(maps['gradcam'], gradcam(model, X), rtol=1e-3, atol=1e-5)
+    twin = gradcam(untrained(model), X, predict(model, X).argmax(1))
+    assert_close(maps['gradcam, untrained'], twin, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('asked, said', [
+    (dict(methods=('gradcan',)), 'gradcam, hirescam'), (dict(methods=[METHODS['gradcam']]*2), 'two methods'),
+    (dict(methods=dict(a=print)), '@explainer'), (dict(methods='rise', controls='mirrored'), 'shifted')])
+def test_explain_says_what_is_wrong(asked, said):
+    with pytest.raises(ValueError, match=said): explain(build('small_cnn', width=.2), X, **asked)
+
+
+def test_other_needs_two_images():
+    with pytest.raises(ValueError, match='two images'): explain(build('small_cnn', width=.2), X[:1], methods='gradcam', controls='other')
+
+
+def test_the_same_seed_gives_the_same_maps_and_nothing_changes():
+    model, chosen = build('small_cnn', width=.2), CHEAP | dict(guided_backprop=METHODS['guided_backprop'])
+    before, first = state(model), explain(model, X, methods=chosen)
+    for k, v in explain(model, X, methods=chosen).items(): assert_close(v, first[k], rtol=1e-4, atol=1e-6, msg=lambda m: f'{k}: {m}')
+    assert state(model) == before
+
+
+def test_as_many_passes_as_said():
+    "All methods; LIME and KernelSHAP, which ask equal masks once, say in their details how many."
+    model, seen = build('small_cnn', width=.2), []
+    predict(model, X)   # a network that was never asked is asked for one image first
+    hook = model.register_forward_pre_hook(lambda m, inputs: seen.append(len(inputs[0])))
+    for k, m in (CHEAP | dict(guided_backprop=METHODS['guided_backprop'])).items():
+        seen.clear()
+        if k in ('lime', 'kernelshap'): said = m(model, X[:1], 1, details=True)[1]['passes'][0].item()
+        else: m(model, X[:1], 1); said = m.passes()
+        assert sum(seen) == said <= m.passes(), k
+    hook.remove()
+
+
+@pytest.mark.parametrize('score', SCORES)
+def test_scores_of_every_class_for_libraries(score):
+    model, target = build('small_cnn', width=.2, n_classes=3), torch.tensor([2, 0])
+    expected = class_score(model(X), target, score)
+    for pixels, images in ((True, X), (False, model.preprocess(X))):
+        found = _ClassScores(model, score, pixels)(images)
+        assert found.shape == (2, 3)
+        assert_close(found.gather(1, target[:, None])[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('b', ['white', 'black'])
+def test_our_methods_are_theirs_through_the_adapters(b):
+    model = settled(build('small_cnn', width=.2))
+    theirs = dict(saliency=from_captum(captum.attr.Saliency, abs=False),
+                  integrated_gradients=from_captum(captum.attr.IntegratedGradients, n_steps=8),
+                  hirescam=from_captum(captum.attr.LayerGradientXActivation, layer='last'))
+    ours = dict(saliency=METHODS['saliency'].using(channels='sum'), hirescam=METHODS['hirescam'],
+                integrated_gradients=METHODS['integrated_gradients'].using(n_steps=8))
+    found = explain(model, X, 1, theirs, baseline=b)
+    for k, v in explain(model, X, 1, ours, baseline=b).items():   # norms: rounding may turn a ReLU
+        assert v.any() and (found[k] - v).norm() < .005*v.norm(), k
+
+
+def test_gradcam_of_grad_cam_is_the_positive_part_of_ours():
+    model = settled(build('small_cnn', width=.2))
+    maps, details = METHODS['gradcam'](model, X, details=True)
+    positive = model.to_pixels(details['grid'].relu(), (96, 96))
+    r = rank_correlation(from_gradcam(pytorch_grad_cam.GradCAM)(model, X), positive)
+    assert np.isnan(r).all() or np.nanmin(r) > .99
+    assert not np.isnan(r).any() or (positive[np.isnan(r)] == 0).all()
+
+
+def test_methods_that_we_do_not_have():
+    model = settled(build('small_cnn', width=.2))
+    more = {k: ADAPTED[k] for k in ('lrp', 'shap', 'score_cam')} | dict(deep_lift=from_captum(captum.attr.DeepLift, space='network'))
+    added = explain(model, X, 1, more)
+    for k, v in added.items(): assert v.shape == (2, 96, 96) and not is_blank(v).all(), k
+    again = explain(model, X, 1, more)
+    with torch.no_grad(): again['lrp'] = more['lrp'](model, X, 1)
+    for k, v in added.items(): assert_close(again[k], v, rtol=1e-3, atol=1e-3*v.abs().max().item(), msg=lambda m: f'{k}: {m}')
+
+
+def test_adapters_say_what_is_wrong():
+    model = build('small_cnn', width=.2)
+    with pytest.raises(ValueError, match='fp32 only'): ADAPTED['lrp'](model, X, precision='bf16')
+    with pytest.raises(ValueError, match="'network'"): from_captum(captum.attr.LRP, space='image')
+    with pytest.raises(ValueError, match='conv9'): from_gradcam(pytorch_grad_cam.GradCAM, layer='conv9')(model, X)
+
+
+def test_agreement_of_what_is_known():
+    "Equal up to scale, opposite, independent; a constant map leaves no pair; n counts images."
+    noise = random_maps(60, (48, 48), (48, 48), signed=True)
+    found = agreement(dict(a=noise, b=noise*3 + 1, c=-noise, d=random_maps(60, (48, 48), (48, 48), seed=1))).set_index(['a', 'b'])
+    r, ious = found.rank_correlation, found.iou
+    assert np.allclose([r['a', 'b'], r['a', 'c'], r['a', 'd']], [1, -1, 0], atol=.02)
+    assert np.allclose([ious['a', 'b'], ious['a', 'c'], ious['a', 'd']], [1, 0, chance_iou(.25)], atol=.02)
+    for null in ('shifted', 'other'):
+        assert abs(found[f'rank_correlation_{null}']['a', 'b']) < .02 and abs(found[f'iou_{null}']['a', 'b'] - chance_iou(.25)) < .02
+    assert found.n['a', 'b'] == 60 and found.rank_correlation_p_holm['a', 'b'] < .01 < found.rank_correlation_p_holm['a', 'd']
+    assert agreement(dict(a=noise, flat=torch.ones(60, 48, 48))).n[0] == 0
+
+
+def test_two_methods_that_like_the_middle_beat_shifted_and_not_other():
+    "The same spot in every image, with noise: agreement that says nothing about an image."
+    g = torch.Generator().manual_seed(0)
+    spot = torch.zeros(24, 24); spot[8:16, 8:16] = 3
+    a, b = (spot + torch.randn(40, 24, 24, generator=g) for _ in range(2))
+    t = agreement(dict(a=a, b=b)).iloc[0]
+    assert t.rank_correlation > t.rank_correlation_shifted + .1 and abs(t.rank_correlation_difference) < .02
+    assert t.rank_correlation_p_holm > .01 and abs(t.rank_correlation - t.rank_correlation_other - t.rank_correlation_difference) < 1e-9
+    shared = torch.randn(40, 24, 24, generator=g)
+    both = agreement(dict(a=a + shared, b=b + shared)).iloc[0]   # now they share something of each image
+    assert both.rank_correlation_difference > .1 and both.rank_correlation_p_holm < .01 and both.iou_difference > .02
+
+
+def test_nothing_is_allowed_in_16_bits_from_few_maps():
+    model = build('small_cnn', width=.2)
+    few, many = (precision_table(model, X.repeat(n, 1, 1, 1), methods='random').iloc[0] for n in (1, 100))
+    assert min(few.percentile_5, many.percentile_5) > .9999 and (few.n, many.n) == (2, 200)
+    assert not few.allowed and many.allowed

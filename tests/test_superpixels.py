@@ -1,4 +1,8 @@
-"What 07_lime cannot show: many classes, other shapes, a transformer, flat images, networks of others, no waiting for a device."
+"What 07_lime cannot show: parity, many classes, other shapes, a transformer, flat images, networks of others, no waiting for a device."
+import itertools
+import math
+
+import captum.attr
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,8 @@ from torch import nn
 from pcam_tp.classifier import Classifier, class_score, predict
 from pcam_tp.models import build
 from pcam_tp.questions import BASELINES, Question
-from pcam_tp.superpixels import SEGMENTATIONS, _coalitions, cosine_kernel, kernelshap, lime, lime_masks, paint, segments, weighted_ridge
+from pcam_tp.superpixels import (SEGMENTATIONS, _ask, _coalitions, cosine_kernel, kernelshap, lime, lime_masks, paint, segments,
+                                 weighted_ridge)
 
 X = torch.rand(3, 3, 48, 72, generator=torch.Generator().manual_seed(0))
 BLOCKS = (torch.arange(48)[:, None]//24*3 + torch.arange(72)//24).expand(3, -1, -1)   # six blocks of 24×24
@@ -103,7 +108,7 @@ def test_hide_color_and_masks_are_those_of_lime():
         w, info = lime(model, X[:1], 1, segmentation=labels, n_samples=150, seed=11, score='probability', details=True, **option)
         theirs = np.array([v for _, v in sorted(exp.local_exp[1])])
         assert np.abs(info['weights'][0].numpy(force=True) - theirs).max() < 1e-4*np.abs(theirs).max() + 1e-8
-        assert abs(info['intercept'][0] - exp.intercept[1]) < 1e-5
+        assert abs(info['intercept'][0] - exp.intercept[1]) < 1e-5 and abs(info['r2'][0] - exp.score) < 1e-3
 
 
 def test_coalitions():
@@ -111,6 +116,9 @@ def test_coalitions():
         z, w = _coalitions(S, 128, 0)
         assert len(z) == 2**S == len(np.unique(z, axis=0)) and z[0].all() and not z[1].any()
         for k in range(1, S): assert np.isclose(w[z.sum(1) == k].sum(), (S - 1)/(k*(S - k)))   # the kernel's weight of a size
+    for S, n in ((1, 10), (4, 16), (36, 200)):
+        z, w = _coalitions(S, n, 0)
+        assert len(z) == len(w) <= n and abs(z[2:].mean() - .5 if len(z) > 2 else 0) < 1e-9   # each with its complement
     z, w = _coalitions(40, 2000, 3)
     assert len(z) <= 2000 and (z[2:].sum(1) > 0).all() and (z[2:].sum(1) < 40).all()
     expected = 1/(np.arange(1, 40)*(40 - np.arange(1, 40)))
@@ -188,3 +196,139 @@ def test_nobody_waits_for_the_device(monkeypatch):
     passes.clear()
     lime.on(q, n_samples=20, segmentation=BLOCKS)
     assert len(passes) > 6 and len(set(passes)) == 1, 'the scores of one image were read before the next was asked'
+
+
+def test_superpixels_are_numbered_without_gaps():
+    smooth = nn.functional.interpolate(X[:, :, ::8, ::8], scale_factor=8, mode='bicubic').clamp(0, 1)
+    for method in SEGMENTATIONS:
+        for l in segments(smooth, method): assert l.unique().tolist() == list(range(int(l.max()) + 1))
+    as_bytes = (smooth.permute(0, 2, 3, 1)*255).round().byte().numpy(force=True)
+    assert torch.equal(segments(torch.from_numpy(as_bytes).permute(0, 3, 1, 2)/255.), segments(as_bytes))
+
+
+@pytest.mark.parametrize('call, said', [
+    (lambda: segments((X - .7)/.2), 'undo the normalisation'), (lambda: segments(X, 'watershed'), 'slic, quickshift, felzenszwalb'),
+    (lambda: segments(X, 'slic', k=3), 'n_segments')])
+def test_segments_says_what_is_wrong(call, said):
+    with pytest.raises(ValueError, match=said): call()
+
+
+def test_paint():
+    toy = torch.tensor([[[0, 0, 1], [2, 2, 1]]])
+    assert paint([[.5, -1, 3]], toy)[0].tolist() == [[.5, .5, -1], [3, 3, -1]]
+    with pytest.raises(ValueError, match=r'expected \(3,\)'): paint([[.5, -1]], toy)
+    with pytest.raises(ValueError, match='one for each'): paint([], toy)
+
+
+@pytest.mark.parametrize('alpha', [1e-6, 1., 30.])
+def test_ridge_is_that_of_scikit_learn(alpha):
+    from sklearn.linear_model import Ridge
+    rng = np.random.default_rng(0)
+    masks = lime_masks(20, 150)
+    y, w = masks @ rng.normal(size=20) + rng.normal(size=150), cosine_kernel(masks)
+    b, b0, r2 = weighted_ridge(masks, y, w, alpha)
+    theirs = Ridge(alpha=alpha).fit(masks, y, sample_weight=w)
+    assert np.abs(b - theirs.coef_).max() < 1e-8 and abs(b0 - theirs.intercept_) < 1e-8
+    assert abs(r2 - theirs.score(masks, y, sample_weight=w)) < 1e-8
+
+
+def test_kernel_and_masks():
+    "The full picture weighs 1 and most; one long run answers for all shorter ones; a fair coin."
+    masks = lime_masks(36, 1000)
+    kernel = cosine_kernel(masks)
+    assert masks[0].all() and kernel[0] == 1 and (kernel[1:] < 1).all() and abs(masks[1:].mean() - .5) < .01
+    assert np.allclose(cosine_kernel([[1]*4, [1, 1, 0, 0], [1, 0, 0, 0]]), [1, math.exp(-8*(1 - .5**.5)**2), math.exp(-2)])
+    assert np.array_equal(lime_masks(7, 50, seed=3), lime_masks(7, 800, seed=3)[:50])
+
+
+class Additive(nn.Module):
+    "Logits (0, w·x)."
+    def __init__(self, w):
+        super().__init__(); self.w = nn.Parameter(w)
+    def forward(self, x): return torch.stack([0*x.sum((1, 2, 3)), (x*self.w).sum((1, 2, 3))], 1)
+
+
+@pytest.mark.parametrize('f', METHODS)
+def test_a_sum_over_superpixels_is_found_exactly(f):
+    "From sampled masks too: hiding a superpixel takes away the same, whatever else is visible."
+    w = torch.randn(3, 48, 72, generator=torch.Generator().manual_seed(0))
+    model, cut = Classifier(Additive(w), mean=(0, 0, 0), std=(1, 1, 1)), segments(X, n_segments=12, sigma=3)
+    assert cut.max() > 6   # more than 64 masks
+    own = dict(alpha=1e-6) if f is lime else {}
+    info = f(model, X, 1, segmentation=cut, n_samples=100, details=True, **own)[1]
+    effect = (w*(X - 1)).sum(1).cpu()
+    for found, l, e in zip(info['weights'], cut.cpu(), effect):
+        truth = torch.bincount(l.flatten(), e.flatten().double())
+        torch.testing.assert_close(found.cpu().double(), truth, rtol=0, atol=2e-3*truth.abs().max().item())
+    torch.testing.assert_close(info['r2'].cpu(), torch.ones(3), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('f', METHODS)
+def test_a_score_that_never_changes_has_no_reasons(f):
+    maps, info = f(Classifier(Additive(torch.zeros(3, 48, 72))), X, 1, n_samples=50, details=True)
+    assert maps.abs().max() == 0 and info['r2'].isnan().all()
+
+
+def test_fewer_passes_where_masks_are_equal():
+    model = build('small_cnn', width=.1)
+    info = lime(model, X, 1, segmentation=BLOCKS, n_samples=500, details=True)[1]
+    assert (info['passes'] == len(np.unique(lime_masks(6, 500), axis=0))).all() and info['passes'][0] <= 64
+
+
+def test_shapley_by_definition_and_by_captum():
+    "All orders of four quarters: the definition, captum's enumeration, and our regression."
+    model, S = build('small_cnn', width=.5), 4
+    quarters = ((torch.arange(48)[:, None] >= 24)*2 + (torch.arange(72) >= 36)*1)[None]
+    masks = np.array(list(itertools.product([False, True], repeat=S)))
+    scores, back = _ask(Question(model, X[:1], 1), slice(0, 1), quarters.cpu(), torch.ones_like(X[:1]), [masks])
+    value = {tuple(np.flatnonzero(z)): s for z, s in zip(masks, scores[0].double().cpu().numpy()[back[0]])}
+    exact = np.zeros(S)
+    for s in range(S):
+        for k in range(S):
+            for A in itertools.combinations([t for t in range(S) if t != s], k):
+                share = math.factorial(k)*math.factorial(S - k - 1)/math.factorial(S)
+                exact[s] += share*(value[tuple(sorted((*A, s)))] - value[A])
+    info = kernelshap(model, X[:1], 1, segmentation=quarters, n_samples=16, details=True)[1]
+    near = dict(rtol=1e-3, atol=1e-4*max(1, np.abs(list(value.values())).max()))
+    torch.testing.assert_close(info['weights'][0].cpu().double(), torch.from_numpy(exact).cpu(), **near)
+    assert info['passes'][0] == 16 and abs(info['intercept'][0] - value[()]) < 1e-3
+    def net(v): return class_score(predict(model, v), torch.ones(len(v), dtype=torch.long)).to(v.device)
+    theirs = captum.attr.ShapleyValues(net).attribute(X[:1], baselines=1., feature_mask=quarters[:, None])[0, 0].cpu()
+    torch.testing.assert_close(paint([exact], quarters.cpu())[0].cpu(), theirs.float(), **near)
+
+
+def test_preprocessing_twice_explains_another_network():
+    "No error, other weights: a wrapper that normalises what the network normalises again divides them by its std."
+    w = torch.randn(3, 48, 72, generator=torch.Generator().manual_seed(0))
+    class Twice(nn.Module):
+        def __init__(self, model): super().__init__(); self.model = model
+        def forward(self, x): return self.model((x - .5)/.2)
+    right = Classifier(Additive(w), mean=(0, 0, 0), std=(1, 1, 1))
+    once, twice = (kernelshap(m, X, 1, segmentation=BLOCKS, n_samples=64) for m in
+                   (right, Classifier(Twice(right), mean=(0, 0, 0), std=(1, 1, 1))))
+    torch.testing.assert_close(twice, 5*once, rtol=1e-3, atol=1e-3*twice.abs().max().item())
+    assert ((predict(Classifier(Twice(right), mean=(0, 0, 0), std=(1, 1, 1)), X) - predict(right, X)).abs() > 1).any()
+
+
+@pytest.mark.parametrize('wrong, said', [
+    (dict(n_samples=1), 'n_samples is 1'), (dict(segmentation='watershed'), 'slic, quickshift'),
+    (dict(segmentation=BLOCKS[:1]), r'\(3, 48, 72\)'), (dict(hide='grey'), "'superpixel'"), (dict(baseline='grey'), 'white, black')])
+@pytest.mark.parametrize('f', METHODS)
+def test_options_say_what_is_wrong(f, wrong, said):
+    with pytest.raises(ValueError, match=said): f(build('small_cnn', width=.1), X, 1, **dict(n_samples=10) | wrong)
+
+
+def test_more_that_is_refused():
+    model = build('small_cnn', width=.1)
+    for wrong, said in ((dict(kernel_width=0), 'kernel_width'), (dict(alpha=-1), 'alpha')):
+        with pytest.raises(ValueError, match=said): lime(model, X, 1, **wrong)
+    for f in METHODS:
+        with pytest.raises(ValueError, match=r'x\[None\]'): f(model, X[0], 1)
+
+
+@pytest.mark.parametrize('f', METHODS)
+def test_another_seed_is_another_map_inside_the_crop(f):
+    model = build('small_cnn', width=.1, geometry=dict(crop=32)).requires_grad_(False)
+    a, b = f(model, X, 1, n_samples=40), f(model, X, 1, n_samples=40, seed=1)
+    torch.testing.assert_close(a, f(model, X, 1, n_samples=40), rtol=1e-3, atol=1e-5)
+    assert a[:, :8].abs().max() == 0 and (a - b).abs().max() > 1e-3*a.abs().max() > 0
