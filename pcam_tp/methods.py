@@ -178,7 +178,7 @@ def agreement(
     for k in ('rank_correlation', 'iou'): table[f'{k}_p_holm'] = holm(table.pop(f'{k}_p'))
     return table
 
-# %% ../nbs/08_all_methods.ipynb #c3a95bc0
+# %% ../nbs/08_all_methods.ipynb #a16b9f01
 def _products(a, b):
     "Sums over pixels of a[i]·b[j], (N, N)."
     return a.flatten(1).double() @ b.flatten(1).double().T
