@@ -12,10 +12,10 @@ import torch
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
 from conftest import python, run
-from pcam_tp import training
+from pcam_tp import recipe, training
 from pcam_tp.classifier import predict
 from pcam_tp.core import best_device
-from pcam_tp.data import open_splits, to_float
+from pcam_tp.data import open_split, open_splits, subset, to_float
 from pcam_tp.methods import explain
 from pcam_tp.models import build
 from pcam_tp.plots import compare_maps, plot_confusion, plot_roc
@@ -33,7 +33,7 @@ def on_the_processor(monkeypatch):
 FEW = '''
 import hashlib, os, random, signal, sys
 import torch
-from pcam_tp import training
+from pcam_tp import recipe, training
 from pcam_tp.classifier import Classifier
 from pcam_tp.data import open_split, subset
 from pcam_tp.models import build
@@ -233,3 +233,15 @@ def test_a_run_that_was_cut_goes_on(three, tmp_path, monkeypatch):
     torch.testing.assert_close(found['opt']['state'], kept['opt']['state'], **exactly)
     assert found['opt']['state'] and found['schedule'] == kept['schedule']
     assert again == pytest.approx(undisturbed, rel=.01)   # AdamW enlarges what rounding leaves: not to the last bit
+
+
+def test_trained_wants_both_splits():
+    with pytest.raises(ValueError, match='both splits'): recipe.trained('small_cnn', subset(open_split('test'), 8))
+
+
+def test_the_opening_network_is_shared():
+    "Notebooks 00 and foundation/08_shortcuts ask for one network, and one at another correlation has another name."
+    names = {c: Path(recipe.trained_with_ink(c).card['folder']).name for c in (.9, 0.)}
+    network, *splits = recipe.opening_case()
+    assert Path(network.card['folder']).name == names[.9] != names[0.]
+    assert len({s.folder for s in splits}) == 3 and all((s.y == splits[0].y).all() for s in splits)
