@@ -15,7 +15,7 @@ from scipy.special import comb
 from skimage.segmentation import felzenszwalb, quickshift, slic
 
 from .plots import as_images
-from .questions import explainer
+from .questions import explainer, replaced
 
 # %% ../nbs/07_lime.ipynb #e98cec1e
 SEGMENTATIONS = {
@@ -108,13 +108,13 @@ def _ask(q, rows, labels, hidden, masks):
     at = [_distinct(m) for m in masks]
     shown = np.zeros((len(masks), max(len(first) for first, _ in at), max(m.shape[1] for m in masks)), dtype=bool)
     for s, m, (first, _) in zip(shown, masks, at): s[:len(first), :m.shape[1]] = m[first]
-    x, shape = q.x[rows], (-1, 1, *q.x.shape[2:])
+    x = q.x[rows]
     shown, where = (torch.as_tensor(v).to(q.device, non_blocking=True) for v in (shown, labels.flatten(1)))
     def make(i, j):
         i = i - rows.start
         own = lambda v: v if len(v) == 1 else v[i]
-        visible = shown[i, j].gather(1, own(where).expand(len(i), -1)).view(shape)
-        return torch.where(visible, own(x), own(hidden)).contiguous(memory_format=torch.channels_last)
+        visible = shown[i, j].gather(1, own(where).expand(len(i), -1))
+        return replaced(own(x), own(hidden), visible.view(-1, *x.shape[2:]))
     return q.scores(make, shown.shape[1], rows), [same for _, same in at]
 
 # %% ../nbs/07_lime.ipynb #9eab8cf5
