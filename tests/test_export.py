@@ -95,6 +95,40 @@ def test_outputs(path):
             assert not found, f'the output of cell {i} names a folder of one machine: {found[0]}'
 
 
+def silent_pictures(outputs):
+    "Kinds of the embedded pictures that say nothing to a reader who cannot see them."
+    for o in outputs:
+        for kind in o.get('data', {}):
+            alt = o.get('metadata', {}).get(kind, {}).get('alt') if kind.startswith('image/') else 'no picture'
+            if not (alt or '').strip(): yield kind
+
+
+@each_notebook
+def test_pictures_have_alternative_text(path):
+    silent = {i: found for i, _, outputs in cells(path) if (found := list(silent_pictures(outputs)))}
+    assert not silent, f'no alternative text (`picture(fig, \'what is seen\')`, then --refresh) in cells {silent}'
+
+
+def test_missing_alternative_text_is_seen():
+    picture = lambda metadata: dict(data={'image/png': '', 'text/plain': ''}, metadata=metadata)
+    outputs = [picture(m) for m in ({}, {'image/png': {}}, {'image/png': {'alt': ' '}}, {'image/jpeg': {'alt': 'other'}})]
+    assert list(silent_pictures(outputs)) == ['image/png']*4
+    assert not list(silent_pictures([picture({'image/png': {'alt': 'a map'}}), dict(data={'text/plain': ''})]))
+
+
+def test_cleaning_keeps_alternative_text(copy):
+    path = copy/'nbs'/'foundation'/'99_picture.ipynb'
+    output = dict(output_type='display_data', data={'image/png': 'iVBORw0KGgo='}, metadata={'image/png': {'alt': 'a map'}})
+    cell = dict(cell_type='code', execution_count=3, id='one', metadata={'tags': ['x']}, outputs=[output], source=['1'])
+    path.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)), encoding='utf-8')
+    try:
+        nbdev('nbdev_clean', copy)
+        (_, _, outputs), = cells(path)
+        cleaned = json.loads(path.read_text(encoding='utf-8'))['cells'][0]
+    finally: path.unlink()
+    assert cleaned['metadata'] == {} and not list(silent_pictures(outputs)), 'nbdev_clean drops alternative text'
+
+
 @each_notebook
 def test_colab(path):
     "The badge opens this very notebook, other links one that is there; every bootstrap installs the same."
