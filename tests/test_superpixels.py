@@ -269,6 +269,13 @@ def test_a_score_that_never_changes_has_no_reasons(f):
     assert maps.abs().max() == 0 and info['r2'].isnan().all()
 
 
+def test_no_r2_of_rounding():
+    "Scores that differ in the last bits of 32 do not vary; a hundred times as much does."
+    masks, noise = lime_masks(6, 50), np.random.default_rng(0).normal(size=50)
+    r2 = lambda size: weighted_ridge(masks, 5 + size*noise, cosine_kernel(masks))[2]
+    assert np.isnan(r2(1e-6)) and np.isfinite(r2(1e-4))
+
+
 def test_fewer_passes_where_masks_are_equal():
     model = build('small_cnn', width=.1)
     info = lime(model, X, 1, segmentation=BLOCKS, n_samples=500, details=True)[1]
