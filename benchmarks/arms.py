@@ -39,13 +39,13 @@ TINY = dict(integrated_gradients=dict(n_steps=2), smoothgrad=dict(n_samples=2, n
 def sizes(device, quick=False):
     "How much work there is: enough for a clock, and on a GPU enough to fill it; with `quick`, hardly any."
     s = dict(rows=20_000, batch=64, steps=1, epochs=6, patches=32, images=2, fewer=dict(rise=1, lime=1),
-             batches=(8, 16, 32, 64), library=32, bare=200, repeats=1, width=1., options=OPTIONS)
+             batches=(8, 16, 32, 64), of_peers=32, bare=200, repeats=1, width=1., options=OPTIONS)
     if device == 'mps': s |= dict(patches=64, images=4, batches=(32, 64, 128, 256))
     if device == 'cuda':
         s |= dict(steps=50, patches=256, images=16, fewer=dict(lime=8), batches=(32, 64, 128, 256, 512, 1024),
                   bare=4_096, repeats=3)
     if quick:
-        s |= dict(rows=200, batch=8, steps=2, epochs=2, patches=4, images=2, fewer={}, batches=(4, 8), library=4,
+        s |= dict(rows=200, batch=8, steps=2, epochs=2, patches=4, images=2, fewer={}, batches=(4, 8), of_peers=4,
                   bare=8, repeats=1, width=.1, options=TINY)
     return SimpleNamespace(device=torch.device(device), quick=quick, **s)
 
@@ -275,7 +275,7 @@ def _cam_library(name, single=False):
     explainers = [C(model=model, target_layers=layers) for C in (GradCAM, HiResCAM, GradCAMPlusPlus, LayerCAM)]
 
     def work():
-        for xb in x.split(1 if single else S.library):
+        for xb in x.split(1 if single else S.of_peers):
             for e in explainers: e(input_tensor=xb, targets=[ClassifierOutputTarget(1)]*len(xb))
     return seconds(work, 3 if S.device.type == 'cpu' else 1)
 
@@ -374,7 +374,7 @@ for method in METHODS:
         arms = dict(ours=partial(_explained, precision='fp32'), fast=partial(_explained, precision='bf16'), bare=_bare)
         if method != 'rise':   # no library here has it
             arms |= dict(library=partial(_library, batches=(None,)),
-                         same=lambda *a: _library(*a, batches=(S.library,)),
+                         same=lambda *a: _library(*a, batches=(S.of_peers,)),
                          best=lambda *a: _library(*a, batches=S.batches))
         ARMS.update({f'{method}_{name}_{k}': partial(f, method, name) for k, f in arms.items()})
 

@@ -8,6 +8,7 @@ __all__ = ['CONTROLS', 'CONTROL_KINDS', 'random_map', 'centre_map', 'edge_map', 
 
 # %% ../nbs/foundation/13_controls.ipynb #ea8ad2fe
 import contextlib, threading
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -131,11 +132,11 @@ def control_table(
 ) -> pd.DataFrame: # a row per method and control: estimate, low, high, control, of_control, difference, …, p, p_holm, n
     "A method's mean, and its paired difference to each control (method − control), with Holm's p within the table."
     values = {k: v.detach().cpu().numpy() if torch.is_tensor(v) else np.asarray(v) for k, v in values.items()}
-    rows = []
+    rows, own_of = [], cache(lambda method: interval(values[method], by, seed=seed))
     for name, v in values.items():
         method, _, control = name.rpartition(', ')
         if method not in values: continue
-        own, test = interval(values[method], by, seed=seed), paired_test(values[method], v, by, seed=seed)
+        own, test = own_of(method), paired_test(values[method], v, by, seed=seed)
         rows.append(dict(method=method, estimate=own.estimate, low=own.low, high=own.high, control=control,
                          of_control=v.mean(), difference=test.difference, difference_low=test.low,
                          difference_high=test.high, p=test.p, n=test.n, by=own.by))

@@ -459,7 +459,7 @@ def _stay(self:Batches):
     "Do bytes stay on the device? A shuffled split that fits a quarter of a CUDA device's free memory is moved."
     if self._kept is not None or not self.shuffle or self.device.type != 'cuda': return self._kept is not None
     n, side = len(self.split), self.split.side
-    if n*3*side**2 > torch.cuda.mem_get_info(self.device)[0]/4: return False
+    if not 0 < n*3*side**2 <= torch.cuda.mem_get_info(self.device)[0]/4: return False
     with torch.inference_mode(False): x = torch.empty(n, side, side, 3, dtype=torch.uint8, device=self.device)
     parts = np.array_split(np.arange(n), -(-n//1024))
     for part, bytes_ in zip(parts, progress(self._read(parts), 'to the device', total=len(parts))):

@@ -22,7 +22,7 @@ Triton, NCCL, second device.
 import atexit, copy, ctypes, functools, math, os, re, sys, time, types, warnings, weakref, zlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._C import TensorBase
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda', 0)
@@ -600,7 +600,7 @@ def install():
     "Put the device in place; once for a process, right after `import torch`."
     if why := why_not(): raise RuntimeError(f'no simulated CUDA device: {why}')
     global _library
-    _library = torch.library.Library('aten', 'IMPL')
+    _library = library.Library('aten', 'IMPL')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for name, kernel in {'empty.memory_format': _empty, 'empty_strided': _empty_strided, 'copy_': _copy_}.items():
