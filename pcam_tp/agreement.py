@@ -6,8 +6,8 @@
 __all__ = ['MEASURES', 'matched_pairs', 'weighted_iou', 'top_iou', 'conditions', 'model_agreement', 'plot_model_agreement',
            'specificity']
 
-# %% ../nbs/11_agreement.ipynb #e6647a9f
-from itertools import combinations
+# %% ../nbs/11_agreement.ipynb #452bab89
+from itertools import combinations, product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,7 +19,7 @@ from .maps import as_maps, iou, is_blank, top_mask, unit_ranks
 from .methods import against_nulls, pairwise_iou, pairwise_product
 from .stats import holm
 
-# %% ../nbs/11_agreement.ipynb #f18c4383
+# %% ../nbs/11_agreement.ipynb #d28f6dca
 def matched_pairs(
     auc:dict, # model → its AUC on validation patches
     tolerance:float # largest difference of two models that count as equally good
@@ -28,7 +28,7 @@ def matched_pairs(
     rows = [dict(a=a, b=b, gap=abs(auc[a] - auc[b])) for a, b in combinations(auc, 2)]
     return pd.DataFrame(rows).assign(matched=lambda t: t.gap <= tolerance)
 
-# %% ../nbs/11_agreement.ipynb #0b068c9b
+# %% ../nbs/11_agreement.ipynb #03cbdf32
 def _shares(maps):
     "The positive part of each map with a mean of 1, float64; NaN where nothing is positive."
     t = as_maps(maps).relu().double()
@@ -42,7 +42,7 @@ def weighted_iou(
     if a.shape != b.shape: raise ValueError(f'a has shape {tuple(a.shape)}, b {tuple(b.shape)}: expected pairs of maps')
     return torch.minimum(a, b).sum((1, 2))/torch.maximum(a, b).sum((1, 2))
 
-# %% ../nbs/11_agreement.ipynb #bdb6065b
+# %% ../nbs/11_agreement.ipynb #d800027d
 def top_iou(
     a, b, # maps (N, H, W) of the same images
     q:float=.25, # share of pixels to keep
@@ -51,7 +51,7 @@ def top_iou(
     "IoU of the top shares of two maps, ⌈q·H·W⌉ pixels of each; NaN where a map is constant."
     return iou(top_mask(a, q, seed), top_mask(b, q, seed)).masked_fill(is_blank(a) | is_blank(b), torch.nan)
 
-# %% ../nbs/11_agreement.ipynb #774dfa07
+# %% ../nbs/11_agreement.ipynb #4d4198ef
 def _pairwise_weighted(a, b):
     "Weighted IoU of a[i] and b[j], (N, N): Σ min and Σ max from the distance of two maps of one sum."
     far = torch.cdist(a.flatten(1), b.flatten(1), p=1)
@@ -66,7 +66,7 @@ def _ready(maps, q, seed):
     return dict(weighted_iou=(shares, shares.isfinite().all(2).all(1)), top_iou=(top_mask(maps, q, seed), ~blank),
                 rank_correlation=(unit_ranks(maps), ~blank))
 
-# %% ../nbs/11_agreement.ipynb #1d5c4d03
+# %% ../nbs/11_agreement.ipynb #ea7c7b08
 def conditions(
     a, b, # predicted classes of two models (N,)
     y=None # true classes (N,)
@@ -77,6 +77,7 @@ def conditions(
     if y is not None: out |= {'both right': (a == y) & (b == y), 'both wrong alike': (a == b) & (a != y)}
     return out
 
+# %% ../nbs/11_agreement.ipynb #47d525e8
 def model_agreement(
     maps:dict, # model → maps (N, H, W) of the same images by one method
     by=None, # slide of each image (N,)
@@ -84,26 +85,41 @@ def model_agreement(
     pred:dict=None, # model → predicted classes (N,): rows for each of `conditions`, else for all images
     y=None, # true classes (N,)
     measures=tuple(MEASURES), # which
+    only=None, # names of `conditions`; all if None
     seed:int=0
 ) -> pd.DataFrame: # a row per pair, measure and condition: see `methods.against_nulls`; p_holm, n units, images
     """Agreement of each pair of models, beside its nulls; the difference is to maps of other images, paired. Holm for
     each measure and condition. Images that a measure cannot judge are left out of the pair."""
-    rows, by = [], None if by is None else np.asarray(by)
+    rows, by, n_all = [], None if by is None else np.asarray(by), _check(maps, measures)
     ready = {k: _ready(as_maps(m), q, seed) for k, m in maps.items()}
     for a, b in combinations(maps, 2):
-        groups = {'all': np.ones(len(maps[a]), bool)} if pred is None else conditions(pred[a], pred[b], y)
-        for (condition, some), measure in [(c, m) for c in groups.items() for m in measures]:
-            (one, ok), (two, too) = ready[a][measure], ready[b][measure]
-            keep = (ok & too).numpy() & some
-            unit = None if by is None else by[keep]
-            found = against_nulls(MEASURES[measure], one[keep], two[keep], unit, seed)
-            n = keep.sum() if by is None else len(set(unit))
-            rows.append(dict(a=a, b=b, measure=measure, condition=condition, **found, n=n, images=keep.sum()))
+        groups = {'all': np.ones(n_all, bool)} if pred is None else conditions(pred[a], pred[b], y)
+        for (condition, some), measure in product(groups.items(), measures):
+            if only is not None and condition not in only: continue
+            found = _beside_nulls(measure, ready[a][measure], ready[b][measure], some, by, seed)
+            rows.append(dict(a=a, b=b, measure=measure, condition=condition, **found))
     table = pd.DataFrame(rows)
-    table['p_holm'] = table.groupby(['measure', 'condition'], sort=False).p.transform(holm)
-    return table
+    return table.assign(p_holm=table.groupby(['measure', 'condition'], sort=False).p.transform(holm))
 
-# %% ../nbs/11_agreement.ipynb #2b9a0332
+# %% ../nbs/11_agreement.ipynb #e8e28cbd
+def _beside_nulls(measure, one, two, some, by, seed):
+    "The row of a pair: `one` and `two` are stacks and the images that can be judged, `some` the images that are meant."
+    (a, ok), (b, too) = one, two
+    keep = (ok & too).numpy() & some
+    by = None if by is None else by[keep]
+    found = against_nulls(MEASURES[measure], a[keep], b[keep], by, seed)
+    return found | dict(n=keep.sum() if by is None else len(set(by)), images=keep.sum())
+
+def _check(maps, measures):
+    "The number of images; `ValueError` for what does not fit."
+    n = {k: len(m) for k, m in maps.items()}
+    if len(n) < 2: raise ValueError(f'maps holds {list(n)}: expected those of two models or more')
+    if len(set(n.values())) > 1: raise ValueError(f'maps are of {n} images: expected the same images for all')
+    if unknown := set(measures) - set(MEASURES):
+        raise ValueError(f'measures {sorted(unknown)}: expected some of {", ".join(MEASURES)}')
+    return next(iter(n.values()))
+
+# %% ../nbs/11_agreement.ipynb #0b383437
 def plot_model_agreement(
     tables:dict, # heading → rows of `model_agreement` of one measure and one condition, a panel each
     title:str=None
@@ -128,7 +144,7 @@ def plot_model_agreement(
     fig.suptitle(title, size=13)
     return fig
 
-# %% ../nbs/11_agreement.ipynb #f2013243
+# %% ../nbs/11_agreement.ipynb #9f299637
 def specificity(
     maps # (N, H, W)
 ) -> pd.DataFrame: # a row per map: maximum, spread; neither way is better
