@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'matched_pairs', 'weighted_iou', 'top_iou', 'conditions', 'model_agreement', 'plot_model_agreement',
            'specificity']
 
-# %% ../nbs/11_agreement.ipynb #64989182
+# %% ../nbs/11_agreement.ipynb #b2f1d76e
 from itertools import combinations, product
 
 import matplotlib.pyplot as plt
@@ -19,7 +19,7 @@ from .maps import as_maps, iou, is_blank, top_mask, unit_ranks
 from .methods import against_nulls, pairwise_iou, pairwise_product
 from .stats import holm
 
-# %% ../nbs/11_agreement.ipynb #6ed22513
+# %% ../nbs/11_agreement.ipynb #02a4f146
 def matched_pairs(
     auc:dict, # model → its AUC on validation patches
     tolerance:float # largest difference of two models that count as equally good
@@ -28,7 +28,7 @@ def matched_pairs(
     rows = [dict(a=a, b=b, gap=abs(auc[a] - auc[b])) for a, b in combinations(auc, 2)]
     return pd.DataFrame(rows).assign(matched=lambda t: t.gap <= tolerance)
 
-# %% ../nbs/11_agreement.ipynb #09211ed9
+# %% ../nbs/11_agreement.ipynb #d58a8ed8
 def _shares(maps):
     "The positive part of each map with a mean of 1, float64; NaN where nothing is positive."
     t = as_maps(maps).relu().double()
@@ -42,7 +42,7 @@ def weighted_iou(
     if a.shape != b.shape: raise ValueError(f'a has shape {tuple(a.shape)}, b {tuple(b.shape)}: expected pairs of maps')
     return torch.minimum(a, b).sum((1, 2))/torch.maximum(a, b).sum((1, 2))
 
-# %% ../nbs/11_agreement.ipynb #f8679ed5
+# %% ../nbs/11_agreement.ipynb #cabcf631
 def top_iou(
     a, b, # maps (N, H, W) of the same images
     q:float=.25, # share of pixels to keep
@@ -51,7 +51,7 @@ def top_iou(
     "IoU of the top shares of two maps, ⌈q·H·W⌉ pixels of each; NaN where a map is constant."
     return iou(top_mask(a, q, seed), top_mask(b, q, seed)).masked_fill(is_blank(a) | is_blank(b), torch.nan)
 
-# %% ../nbs/11_agreement.ipynb #28c2d012
+# %% ../nbs/11_agreement.ipynb #f5652a5d
 def _pairwise_weighted(a, b):
     "Weighted IoU of a[i] and b[j], (N, N): Σ min and Σ max from the distance of two maps of one sum."
     far = torch.cdist(a.flatten(1), b.flatten(1), p=1)
@@ -66,7 +66,7 @@ def _ready(maps, q, seed):
     return dict(weighted_iou=(shares, shares.isfinite().all(2).all(1)), top_iou=(top_mask(maps, q, seed), ~blank),
                 rank_correlation=(unit_ranks(maps), ~blank))
 
-# %% ../nbs/11_agreement.ipynb #ec35aab8
+# %% ../nbs/11_agreement.ipynb #2d37a5c4
 def conditions(
     a, b, # predicted classes of two models (N,)
     y=None # true classes (N,)
@@ -77,7 +77,7 @@ def conditions(
     if y is not None: out |= {'both right': (a == y) & (b == y), 'both wrong alike': (a == b) & (a != y)}
     return out
 
-# %% ../nbs/11_agreement.ipynb #8670eb02
+# %% ../nbs/11_agreement.ipynb #c1d92ddc
 def model_agreement(
     maps:dict, # model → maps (N, H, W) of the same images by one method
     by=None, # slide of each image (N,)
@@ -101,7 +101,7 @@ def model_agreement(
     table = pd.DataFrame(rows)
     return table.assign(p_holm=table.groupby(['measure', 'condition'], sort=False).p.transform(holm))
 
-# %% ../nbs/11_agreement.ipynb #95abbadc
+# %% ../nbs/11_agreement.ipynb #cd57dad5
 def _beside_nulls(measure, one, two, some, by, seed):
     "The row of a pair: `one` and `two` are stacks and the images that can be judged, `some` the images that are meant."
     (a, ok), (b, too) = one, two
@@ -119,7 +119,7 @@ def _check(maps, measures):
         raise ValueError(f'measures {sorted(unknown)}: expected some of {", ".join(MEASURES)}')
     return next(iter(n.values()))
 
-# %% ../nbs/11_agreement.ipynb #21cb1761
+# %% ../nbs/11_agreement.ipynb #1527c9cf
 def plot_model_agreement(
     tables:dict, # heading → rows of `model_agreement` of one measure and one condition, a panel each
     title:str=None
@@ -144,7 +144,7 @@ def plot_model_agreement(
     fig.suptitle(title, size=13)
     return fig
 
-# %% ../nbs/11_agreement.ipynb #32fd105e
+# %% ../nbs/11_agreement.ipynb #05681003
 def specificity(
     maps # (N, H, W)
 ) -> pd.DataFrame: # a row per map: maximum, spread; neither way is better

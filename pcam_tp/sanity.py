@@ -6,7 +6,7 @@
 __all__ = ['ORDERS', 'SIMILARITIES', 'stages', 'randomised', 'map_similarity', 'randomised_maps', 'depth_table', 'plot_depths',
            'sanity_table', 'memorised', 'sanity_check', 'sanity_score']
 
-# %% ../nbs/12_sanity_checks.ipynb #104ee4f3
+# %% ../nbs/12_sanity_checks.ipynb #494cbe4f
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from .models import build
 from .questions import answers
 from .stats import holm, interval, paired_test
 
-# %% ../nbs/12_sanity_checks.ipynb #9462e41b
+# %% ../nbs/12_sanity_checks.ipynb #2aee28f1
 def _redrawn(model, names, seed):
     "A copy whose layers of these names have new weights."
     fresh, place = copied(model).cpu(), {n: k for k, (n, _) in enumerate(model.net.named_modules())}
@@ -35,7 +35,7 @@ def _draw(m):
     if hasattr(m, 'reset_parameters'): return m.reset_parameters()   # batch statistics, too
     for p in m.parameters(recurse=False): p.copy_(p.flatten()[torch.randperm(p.numel())].view_as(p))
 
-# %% ../nbs/12_sanity_checks.ipynb #b69c5773
+# %% ../nbs/12_sanity_checks.ipynb #b98c3769
 def stages(
     model:Classifier,
     layers=None # names below `model.net`, early to late; 'each': every layer with weights; None: see below
@@ -56,7 +56,7 @@ def stages(
 def _has_weights(m): return hasattr(m, 'reset_parameters') or any(True for _ in m.parameters(recurse=False))
 def _below(name, layer): return name == layer or name.startswith(f'{layer}.')
 
-# %% ../nbs/12_sanity_checks.ipynb #25f87f5b
+# %% ../nbs/12_sanity_checks.ipynb #fc66336d
 def _named(model, layers):
     "Names that were given, or the network's children; each must exist."
     names = [n for n, _ in model.net.named_children()] if layers is None else layers
@@ -73,7 +73,7 @@ def _cut(names, owners, layers, head):
     rest = [n for n in owners if place[n] > done]
     return found | ({head or rest[0]: rest} if rest else {})
 
-# %% ../nbs/12_sanity_checks.ipynb #579752df
+# %% ../nbs/12_sanity_checks.ipynb #1b10a121
 ORDERS = 'cascading', 'independent'
 
 def randomised(
@@ -94,7 +94,7 @@ def randomised(
             yield name, _redrawn(model, [n for s in again for n in found[s]], seed)
     return each()
 
-# %% ../nbs/12_sanity_checks.ipynb #c50d6823
+# %% ../nbs/12_sanity_checks.ipynb #7980f218
 SIMILARITIES = 'spearman_abs', 'spearman', 'ssim'
 
 def map_similarity(
@@ -114,7 +114,7 @@ def _ready(maps, kind):
     if kind == 'ssim': return t/t.amax((1, 2), keepdim=True).clamp_min(1e-30)
     return unit_ranks(t).masked_fill(is_blank(t)[:, None, None], torch.nan)
 
-# %% ../nbs/12_sanity_checks.ipynb #bdebfe43
+# %% ../nbs/12_sanity_checks.ipynb #71fd17d7
 def _own_and_other(a, b, kind, seed):
     "Similarity of each map a[i] to b[i], and to the maps b[j] of other images: their mean, for SSIM one draw."
     n = len(a)
@@ -125,7 +125,7 @@ def _own_and_other(a, b, kind, seed):
     ok = np.isfinite(square) & ~np.eye(n, dtype=bool)
     with np.errstate(invalid='ignore'): return square.diagonal().copy(), np.where(ok, square, 0).sum(1)/ok.sum(1)
 
-# %% ../nbs/12_sanity_checks.ipynb #1fd9a245
+# %% ../nbs/12_sanity_checks.ipynb #2baf5b43
 def randomised_maps(
     explainers, # see `methods.choose`
     model:Classifier,
@@ -141,7 +141,7 @@ def randomised_maps(
     def ask(m): return {k: v.cpu() for k, (v, _) in answers(chosen, m, x, target, seed=seed, **options).items()}
     return {'trained': ask(model)} | {name: ask(m) for name, m in randomised(model, layers, order, seed)}
 
-# %% ../nbs/12_sanity_checks.ipynb #175006ae
+# %% ../nbs/12_sanity_checks.ipynb #f4e6494e
 _ROW = 'estimate', 'low', 'high', 'of_other', 'difference', 'difference_low', 'difference_high', 'p'
 
 def depth_table(
@@ -162,7 +162,7 @@ def depth_table(
     table.insert(table.columns.get_loc('p') + 1, 'p_holm', holm(table.p))
     return table
 
-# %% ../nbs/12_sanity_checks.ipynb #566c83dd
+# %% ../nbs/12_sanity_checks.ipynb #80d87e60
 def _row(own, another, by, seed):
     "Mean, interval and paired difference of the images for which both numbers exist."
     ok = np.isfinite(own) & np.isfinite(another)
@@ -172,7 +172,7 @@ def _row(own, another, by, seed):
         out = dict(zip(_ROW, (*i[:3], another[ok].mean(), *t[:4])), n=i.n, by=i.by)
     return out | dict(blank=int((~ok).sum()))
 
-# %% ../nbs/12_sanity_checks.ipynb #bb0af788
+# %% ../nbs/12_sanity_checks.ipynb #e3fbf5ac
 def plot_depths(
     tables:dict # heading → table of `depth_table`, a panel each
 ): # a matplotlib Figure
@@ -192,10 +192,11 @@ def plot_depths(
         ax.tick_params(labelsize=11)
         ax.grid(axis='y', alpha=.3)
     axs[0, 0].set_ylabel("similarity to the trained\nnetwork's map", size=12)
+    ax.plot([], [], ':', color='black', label='maps of other images')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5), frameon=False, fontsize=11)
     return fig
 
-# %% ../nbs/12_sanity_checks.ipynb #7409d92e
+# %% ../nbs/12_sanity_checks.ipynb #12bd3241
 def sanity_table(
     maps:dict, # of `randomised_maps`; `edges` among the methods is a control
     by=None, # slide of each image (N,)
@@ -215,7 +216,7 @@ def sanity_table(
     table = pd.concat(parts, ignore_index=True)
     return table.assign(p_holm=holm(table.p))
 
-# %% ../nbs/12_sanity_checks.ipynb #1c0d5e48
+# %% ../nbs/12_sanity_checks.ipynb #1ce1b0d9
 def _means(maps, kind, seed):
     "Name → similarity of each image and that of others, mean over the stages at which its maps are not constant."
     first, *found = maps
@@ -225,7 +226,7 @@ def _means(maps, kind, seed):
         with np.errstate(invalid='ignore'): return np.where(ok, pairs, 0).sum(0)/ok.sum(0)
     return {name: mean(name) for name in maps[first]}
 
-# %% ../nbs/12_sanity_checks.ipynb #2de06226
+# %% ../nbs/12_sanity_checks.ipynb #6a734038
 def memorised(
     x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
     y:torch.Tensor, # their classes (N,), true or permuted
@@ -247,7 +248,7 @@ def memorised(
     model.card |= dict(known=known, epochs=epoch + 1)
     return model.eval()
 
-# %% ../nbs/12_sanity_checks.ipynb #a31943a8
+# %% ../nbs/12_sanity_checks.ipynb #43e18eab
 def sanity_check(
     explainers, # see `methods.choose`
     model:Classifier,
@@ -262,7 +263,7 @@ def sanity_check(
     chosen = dict(edges=edge_map) | choose(explainers, model)
     return sanity_table(randomised_maps(chosen, model, x, target, seed=seed, **options), by, kind, seed)
 
-# %% ../nbs/12_sanity_checks.ipynb #244b132e
+# %% ../nbs/12_sanity_checks.ipynb #875a6a1a
 def sanity_score(
     explainer,
     model:Classifier,
