@@ -1,4 +1,6 @@
 """What 12_sanity_checks cannot show: every kind of network, known answers, Quantus, constant maps, no trace."""
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -111,7 +113,7 @@ def test_a_linear_network_forgets_everything():
     x = X
     for kind in ('spearman', 'spearman_abs'):
         assert sanity_score(saliency, model, x, 1, kind).abs().max() < .08
-        torch.testing.assert_close(sanity_score(edge_map, model, x, 1, kind), torch.ones(6))
+        np.testing.assert_allclose(sanity_score(edge_map, model, x, 1, kind), 1, atol=1e-6)
     seen = sanity_table(randomised_maps(dict(edges=edge_map, noise=random_map, gradient=saliency), model, x, 1))
     seen = seen.set_index(['method', 'control'])
     assert seen.loc[('gradient', 'edges'), 'difference'] < -.9 and abs(seen.loc[('gradient', 'other'), 'difference']) < .05
@@ -147,7 +149,7 @@ def as_quantus_draws(order):
             if order == 'independent': net = plain()
             torch.manual_seed(43)
             net.get_submodule(name).reset_parameters()
-            yield name, as_it_is(net)
+            yield name, as_it_is(copy.deepcopy(net))   # `net` stays on the processor, whose dice these are
 
 
 @pytest.mark.parametrize('order', QUANTUS)
