@@ -189,6 +189,7 @@ def pairwise_iou(a, b):
     both = pairwise_product(a, b)
     return both/(a.flatten(1).sum(1)[:, None] + b.flatten(1).sum(1) - both)
 
+# %% ../nbs/08_all_methods.ipynb #ba08adf5
 def against_nulls(
     of, # from two stacks (N, H, W) to the measure of each pair, (N, N)
     a, b, # of the same images, as `of` takes them
@@ -205,6 +206,7 @@ def against_nulls(
     i, t = interval(own, by), paired_test(own, another, by)
     return dict(zip(names, (*i[:3], moved, another.mean(), *t[:4])))
 
+# %% ../nbs/08_all_methods.ipynb #7ffdd5c3
 def _pair(ra, ma, rb, mb, by, seed):
     "The numbers of a pair: ranks and top masks (N, H, W) of each."
     out = dict(n=len(ra) if by is None else len(set(by)))
