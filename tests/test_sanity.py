@@ -71,6 +71,9 @@ def test_a_layer_draws_the_same_in_every_order(small):
     for stage in stages(small):
         a, b = (weights(first[o][stage].net.get_submodule(stage)) for o in first)
         for n in a: torch.testing.assert_close(a[n], b[n], rtol=0, atol=0)
+    moved = lambda m: {n.split('.')[0] for n, p in weights(m.net).items() if (p != small.net.get_parameter(n)).any()}
+    assert [len(moved(m)) for m in first['cascading'].values()] == [1, 2, 3, 4, 5]
+    assert [moved(m) for m in first['independent'].values()] == [{s} for s in first['independent']]
     other = dict(randomised(small, seed=1))['conv1']
     assert (weights(other.net)['conv1.0.weight'] != weights(first['cascading']['conv1'].net)['conv1.0.weight']).any()
     finest = list(randomised(small, 'each'))[-1][1]   # the whole network: its cut does not matter
