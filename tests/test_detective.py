@@ -197,3 +197,16 @@ def test_clean_and_planted_see_the_same_patches():
     assert np.array_equal(clean.y, planted.y) and np.array_equal(clean.slides, planted.slides)
     assert np.array_equal((clean.patches() != planted.patches()).any(-1), mask)
     assert np.corrcoef(present, planted.y)[0, 1] == pytest.approx(.9, abs=.01)
+
+
+def test_a_recipe_of_its_own_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    "`trained(recipe=…)`: another batch size is another network; no recipe is the course's."
+    from pathlib import Path
+    from pcam_tp import recipe
+    from pcam_tp.data import subset
+    monkeypatch.setattr(recipe, 'home', lambda *parts: tmp_path.joinpath(*parts))
+    (tmp_path/'data'/'models').mkdir(parents=True)
+    splits = [subset(open_split('test', synthetic_folder(dict(test=512))), n) for n in (128, 32)]
+    made = [Path(recipe.trained('small_cnn', *splits, epochs=1, width=.05, recipe=r).card['folder']).name
+            for r in (None, {}, dict(batch_size=16))]
+    assert made[0] == made[1] != made[2]
