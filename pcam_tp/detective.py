@@ -6,7 +6,7 @@
 __all__ = ['Pair', 'shortcut_pair', 'Marked', 'marked_patches', 'mark_effect', 'mark_excess', 'detection', 'false_alarm',
            'shortcut_test', 'likeness']
 
-# %% ../nbs/10b_detective.ipynb #86ec0ae3
+# %% ../nbs/10b_detective.ipynb #370e8a34
 from dataclasses import replace
 from itertools import permutations
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from .shortcuts import plant, shortcut_folder
 from .stats import holm, interval, paired_test
 from .synthetic import synthetic_folder
 
-# %% ../nbs/10b_detective.ipynb #73be4926
+# %% ../nbs/10b_detective.ipynb #223cf759
 _RUNS = dict(  # a pair's patches, passes over them and width; test patches that are explained
     quick=dict(sizes=dict(train=1_024, valid=256), epochs=2, width=.125, n=24),
     full=dict(sizes=dict(train=8_000, valid=1_000), epochs=6, width=.25, n=120))
@@ -43,13 +43,13 @@ def shortcut_pair(
     correlation:float=.9, # of mark and label in the patches that the second one saw
     device='cpu' # of the networks
 ) -> Pair: # in evaluation mode
-    "Small networks trained on the same synthetic patches without and with the mark, loaded where they were trained before."
+    "Small networks trained on the same synthetic patches, without and with the mark; loaded where they are there."
     r = _RUNS[budget()]
     folders = synthetic_folder(r['sizes']), shortcut_folder(kind, correlation, sizes=r['sizes'])
     how = dict(seed=seed, epochs=r['epochs'], width=r['width'], device=device, recipe=_RECIPE)
     return Pair(*(trained('small_cnn', open_split('train', f), open_split('valid', f), **how) for f in folders))
 
-# %% ../nbs/10b_detective.ipynb #2d7b3a4a
+# %% ../nbs/10b_detective.ipynb #fdd290f5
 class Marked(NamedTuple):
     "Test patches, each with a mark of its own, and the same patches without."
     x: torch.Tensor # (n, 3, H, W) in [0, 1], with the mark
@@ -74,7 +74,7 @@ def marked_patches(
     if a.mask is None: raise ValueError(f'kind is {kind!r}, which has no place: no map can lie on it')
     return Marked(to_float(a.x, device), to_float(x, device), torch.from_numpy(a.mask), split.y, split.slides)
 
-# %% ../nbs/10b_detective.ipynb #496d1601
+# %% ../nbs/10b_detective.ipynb #0867eb9d
 def mark_effect(
     pairs:dict, # seed → `Pair`
     marked:Marked,
@@ -90,7 +90,7 @@ def mark_effect(
                                           effect=ask(marked.x) - plain, plain=plain)))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../nbs/10b_detective.ipynb #eb8edd5d
+# %% ../nbs/10b_detective.ipynb #8e656c60
 def mark_excess(
     explainers:dict, # name → explainer, or any function (model, x, target) → maps (n, H, W)
     pairs:dict, # seed → `Pair`
@@ -115,7 +115,7 @@ def _maps(explainers, model, x, target, options):
     made = {k: v[0] for k, v in answers(ours, model, x, target, **options).items()} if ours else {}
     return {k: made[k] if k in made else e(model, x, target) for k, e in explainers.items()}
 
-# %% ../nbs/10b_detective.ipynb #5e5fedff
+# %% ../nbs/10b_detective.ipynb #82b54c3d
 def _finding(own, null, by, bounded, controlled):
     """Means over seeds and patches (patch × seed), paired. The interval is by slide, for these networks; `lowest` and
     `highest` are those of the seeds; `judged` is the share of cases in which every map has a positive part."""
@@ -133,7 +133,7 @@ def _with_holm(rows):
     table.insert(table.columns.get_loc('p') + 1, 'p_holm', holm(table.p))
     return table
 
-# %% ../nbs/10b_detective.ipynb #08be5329
+# %% ../nbs/10b_detective.ipynb #fd692416
 def _findings(excess, value, chance, control=None, bounded=None):
     "A row per method: `value` and `control` make a table patch × seed of one by patch and (network, seed)."
     rows = []
@@ -145,6 +145,7 @@ def _findings(excess, value, chance, control=None, bounded=None):
         rows.append(dict(method=method, **_finding(own, null, by, bounded, control is not None)))
     return _with_holm(rows)
 
+# %% ../nbs/10b_detective.ipynb #5e7185bb
 _TIE = 1e-6   # equal but for rounding
 
 def detection(
@@ -164,7 +165,7 @@ def false_alarm(
     0 is best and is what a flat map gets, higher is worse; p is of the paired difference clean − untrained."""
     return _findings(excess, lambda w: w['clean'], 0., control=lambda w: w['untrained'])
 
-# %% ../nbs/10b_detective.ipynb #25acb374
+# %% ../nbs/10b_detective.ipynb #8c65c26b
 def shortcut_test(
     explainer, # of `@explainer`, or any function (model, x, target) → maps (n, H, W)
     kind:str='ink', # 'ink' or 'border'
@@ -179,7 +180,7 @@ def shortcut_test(
     found = mark_excess(dict(explainer=explainer), pairs, marked_patches(kind, n, device=device), target, **options)
     return {k: f(found).iloc[0].to_dict() for k, f in dict(detection=detection, false_alarm=false_alarm).items()}
 
-# %% ../nbs/10b_detective.ipynb #fc99c496
+# %% ../nbs/10b_detective.ipynb #78bdae35
 def likeness(
     explainers:dict, # as for `mark_excess`
     pairs:dict, # seed → `Pair`, at least two
