@@ -37,6 +37,7 @@ def trained(
     seed:int=0, # of weights and training
     epochs:int=None, # as the budget says if None
     device='cpu', # of the returned model
+    recipe:dict=None, # `precision`, and what of `RECIPE`, shall be otherwise
     **options # of `build`; classes are those of the training split
 ) -> Classifier: # in evaluation mode; its card says how it was trained
     """The network trained by the course's recipe: loaded when it was trained before, else trained now;
@@ -44,7 +45,7 @@ def trained(
     if (train is None) != (valid is None): raise ValueError('train and valid: give both splits, or neither')
     if train is None: train, valid, _ = open_splits()
     classes = {} if train.classes == CLASSES else dict(n_classes=len(train.classes), classes=list(train.classes))
-    recipe = course_recipe(name, seed, epochs, **classes | options)
+    recipe = course_recipe(name, seed, epochs, **classes | options) | (recipe or {})
     return _found_or_trained(name, (train, valid), recipe, f'{name}-{run_name()}', device)
 
 # %% ../nbs/02_training.ipynb #026fcf99
