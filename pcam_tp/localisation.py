@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LOCALISATION', 'pointing_game', 'relevance_mass', 'rank_accuracy', 'localisation_auc', 'to_mask', 'mask_iou',
            'PartStack', 'stack_parts', 'part_effects', 'part_sums', 'removal_scores', 'rendered_removal',
-           'replacement_distance']
+           'replacement_distance', 'with_ink']
 
-# %% ../nbs/10_localisation.ipynb #358bde84
+# %% ../nbs/10_localisation.ipynb #0a64eb3d
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +22,11 @@ from .data import to_float
 from .maps import as_maps, iou, is_blank, mass_inside, top_mask
 from .measures import metric, unit_places
 from .questions import questions, replaced
-from .stats import interval, paired_test
+from .shortcuts import plant
+from .stats import interval
+from .synthetic import Parts
 
-# %% ../nbs/10_localisation.ipynb #4b8f5f86
+# %% ../nbs/10_localisation.ipynb #43d7d90e
 def _share(masks):
     "Share of the pixels in each mask (n,); NaN for one that is empty or full: it judges nobody."
     share = masks.float().mean((1, 2))
@@ -37,7 +39,7 @@ def _near(masks, tolerance):
     far = np.stack([distance_transform_edt(~m) if m.any() else np.full(m.shape, np.inf) for m in masks.cpu().numpy()])
     return torch.from_numpy(far <= tolerance).to(masks.device)
 
-# %% ../nbs/10_localisation.ipynb #531520df
+# %% ../nbs/10_localisation.ipynb #11ac0494
 @metric(higher=True, source='Zhang et al. 2018', score=None, needs='masks', chance=0.)
 def pointing_game(q, maps, masks,
     *, tolerance=0, # pixels that the place may lie outside the mask; 15 in the paper
@@ -49,7 +51,7 @@ def pointing_game(q, maps, masks,
     hit, share = ((unit_places(maps, seed=q.seed)[0] == 0) & near).flatten(1).any(1).float(), _share(near)
     return (hit - share, dict(hit=hit.where(share.isfinite(), torch.nan), share=share)) if details else hit - share
 
-# %% ../nbs/10_localisation.ipynb #3818ad4a
+# %% ../nbs/10_localisation.ipynb #2d1f5076
 @metric(higher=True, source='Arras et al. 2022', score=None, needs='masks', chance=0.)
 def relevance_mass(q, maps, masks, *, details=False):
     """Share of the map's positive part in the mask, less the mask's share of the pixels.
@@ -69,7 +71,7 @@ def rank_accuracy(q, maps, masks, *, details=False):
     inside = (_top(q, maps, size) & masks).sum((1, 2))/size
     return (inside - share, dict(inside=inside, share=share)) if details else inside - share
 
-# %% ../nbs/10_localisation.ipynb #759f6489
+# %% ../nbs/10_localisation.ipynb #40baf25b
 @metric(higher=True, source='Fawcett 2006', score=None, needs='masks', chance=.5)
 def localisation_auc(q, maps, masks):
     "How often a pixel of the mask has a larger value than one outside; ties count half. NaN for empty or full masks."
@@ -79,7 +81,7 @@ def localisation_auc(q, maps, masks):
     with np.errstate(invalid='ignore'):
         return torch.from_numpy(((ranks*inside).sum(1) - m*(m + 1)/2)/(m*(inside.shape[1] - m)))
 
-# %% ../nbs/10_localisation.ipynb #0303649f
+# %% ../nbs/10_localisation.ipynb #700e9857
 def to_mask(
     maps, # (N, H, W)
     threshold='otsu', # or the share of pixels to keep, in (0, 1]
@@ -93,7 +95,7 @@ def to_mask(
     cut = [threshold_otsu(m.numpy()) if not blank else np.inf for m, blank in zip(t.relu(), is_blank(t, positive=True))]
     return t > torch.tensor(np.array(cut), dtype=torch.float32)[:, None, None]
 
-# %% ../nbs/10_localisation.ipynb #4e18787b
+# %% ../nbs/10_localisation.ipynb #e6f6b02e
 @metric(higher=True, source='Otsu 1979; Jaccard 1912', score=None, needs='masks', chance=0.)
 def mask_iou(q, maps, masks,
     *, threshold='otsu', # see `to_mask`; or 'matched': as many pixels as the mask has
@@ -110,7 +112,7 @@ def mask_iou(q, maps, masks,
 LOCALISATION = dict(pointing_game=pointing_game, relevance_mass=relevance_mass, rank_accuracy=rank_accuracy,
                     localisation_auc=localisation_auc, matched_iou=mask_iou.using(threshold='matched'))
 
-# %% ../nbs/10_localisation.ipynb #32adc74e
+# %% ../nbs/10_localisation.ipynb #130898ad
 class PartStack(NamedTuple):
     "Several patches and their parts; rows are filled up to the largest number of parts, K."
     x: torch.Tensor # (n, 3, H, W) in [0, 1]
@@ -125,14 +127,14 @@ def stack_parts(
 ) -> PartStack:
     "Patches and parts as tensors. `ValueError` for an empty list."
     if not parts: raise ValueError('parts is empty: expected at least one patch with its parts')
-    k = max(len(p.names) for p in parts)
-    fill = lambda a, with_: np.concatenate([a, np.broadcast_to(with_, (k - len(a), *a.shape[1:]))])
-    without = torch.from_numpy(np.stack([fill(p.without, p.x) for p in parts])).to(device)
-    masks = torch.from_numpy(np.stack([fill(p.masks, False) for p in parts])).to(device)
+    most = max(len(p.names) for p in parts)
+    def filled(a, rest): return np.concatenate([a, np.broadcast_to(rest, (most - len(a), *a.shape[1:]))])
+    without = torch.from_numpy(np.stack([filled(p.without, p.x) for p in parts])).to(device)
+    masks = torch.from_numpy(np.stack([filled(p.masks, False) for p in parts])).to(device)
     x = to_float(np.stack([p.x for p in parts]), device)
     return PartStack(x, without, masks, [p.names for p in parts], np.array([p.wsi for p in parts]))
 
-# %% ../nbs/10_localisation.ipynb #60f268cd
+# %% ../nbs/10_localisation.ipynb #215efd7b
 def part_effects(
     model:Classifier, parts:PartStack,
     target=None, # class per patch, one class, or None: the predicted one
@@ -148,36 +150,40 @@ def part_effects(
             def drawn(i, j): return to_float(without[i, j], q.device)
             def painted(i, j, onto=q.baseline()): return replaced(q.x[i], onto[i], ~masks[i, j])
             found.append((q.scores() - q.scores(drawn if rendered else painted, masks.shape[1])).cpu())
-    return torch.cat(found).masked_fill(~parts.masks.flatten(2).any(2).cpu(), torch.nan)
+    return torch.cat(found).masked_fill(_absent(parts), torch.nan)
 
+def _absent(parts): return ~parts.masks.flatten(2).any(2).cpu()
+
+# %% ../nbs/10_localisation.ipynb #37c0ae34
 def part_sums(
     maps, # (n, H, W)
     parts:PartStack
-) -> torch.Tensor: # (n, K) on the processor, NaN where there is no part
+) -> torch.Tensor: # (n, K) float64 on the processor, NaN where there is no part
     "Sum of the signed map over the pixels of each part."
-    t = as_maps(maps).double()
-    if t.shape != (len(parts.x), *parts.x.shape[2:]):
-        raise ValueError(f'maps have shape {tuple(t.shape)}: expected {(len(parts.x), *parts.x.shape[2:])}')
+    t, wanted = as_maps(maps).double(), (len(parts.x), *parts.x.shape[2:])
+    if t.shape != wanted: raise ValueError(f'maps have shape {tuple(t.shape)}: expected {wanted}')
     sums = torch.stack([(m*k).sum((1, 2)) for m, k in zip(t, parts.masks.cpu())])
-    return sums.masked_fill(~parts.masks.flatten(2).any(2).cpu(), torch.nan)
+    return sums.masked_fill(_absent(parts), torch.nan)
 
-# %% ../nbs/10_localisation.ipynb #1a847625
+# %% ../nbs/10_localisation.ipynb #2760f444
 def removal_scores(
     effects:torch.Tensor, sums:torch.Tensor # (n, K), NaN where there is no part: `part_effects`, `part_sums`
 ) -> dict: # 'rho', 'strongest', 'sign' → (n,) float64
-    """How well sums of a map know effects: Spearman's ρ over the parts (higher is better, −1 to 1), the place of the
+    """How well sums of a map know effects: Spearman's ρ over the parts (−1 to 1, higher is better), the place of the
     most effective part in the map's order (0 first, 1 last; lower is better), and the share of signs that agree,
     weighted by |effect| (higher is better). NaN below 3 parts; ρ and place also where all sums or effects are equal."""
-    return {k: torch.tensor([f(d[~d.isnan()].numpy(), a[~d.isnan()].numpy()) for d, a in zip(effects.double(), sums)])
-            for k, f in dict(rho=_rho, strongest=_strongest, sign=_signs).items()}
+    pairs = [(d[~d.isnan()].numpy(), a[~d.isnan()].numpy()) for d, a in zip(effects.cpu().double(), sums.cpu())]
+    kinds = dict(rho=_rho, strongest=_strongest, sign=_signs)
+    return {k: torch.tensor([f(*p) for p in pairs], dtype=torch.float64) for k, f in kinds.items()}
 
 def _flat(d, a): return len(d) < 3 or np.ptp(d) == 0 or np.ptp(a) <= 1e-9*np.abs(a).max()
 def _rho(d, a): return np.nan if _flat(d, a) else np.corrcoef(rankdata(d), rankdata(a))[0, 1]
 def _strongest(d, a): return np.nan if _flat(d, a) else (rankdata(-a)[d.argmax()] - 1)/(len(d) - 1)
 def _signs(d, a):
-    return np.nan if len(d) < 3 or not d.any() else np.abs(d[np.sign(d) == np.sign(a)]).sum()/np.abs(d).sum()
+    if len(d) < 3 or not d.any(): return np.nan
+    return np.abs(d[np.sign(d) == np.sign(a)]).sum()/np.abs(d).sum()
 
-# %% ../nbs/10_localisation.ipynb #c0fe9cac
+# %% ../nbs/10_localisation.ipynb #18868a24
 def rendered_removal(
     model:Classifier, parts:PartStack,
     maps:dict, # name → maps (n, H, W) of `parts.x`
@@ -189,19 +195,35 @@ def rendered_removal(
     found = {k: removal_scores(d, part_sums(m, parts)) for k, m in maps.items()}
     return {s: {k: v[s] for k, v in found.items()} for s in ('rho', 'strongest', 'sign')}
 
-# %% ../nbs/10_localisation.ipynb #3f07f404
+# %% ../nbs/10_localisation.ipynb #cf99687c
 def replacement_distance(
-    model:Classifier, parts:PartStack, target=None,
-    *, kinds=('white', 'black', 'mean', 'blur'), # see `questions.baseline`
-    **options # of `part_effects`: `score`, `batch_size`, …
-) -> tuple: # kind → effects (n, K), with 'rendered'; a table with a row per kind
-    """How far effects of painted-over parts are from those of parts that were never drawn: mean rank correlation over
-    a patch's parts (1 is the truth), mean absolute difference in units of the score, beside the mean |true effect|."""
-    d = {k: part_effects(model, parts, target, remove=k, **options) for k in ('rendered', *kinds)}
-    truth, rows = d['rendered'], []
-    for k in kinds:
-        rho = interval(removal_scores(truth, d[k])['rho'].nan_to_num(0), parts.by)
-        off = interval((d[k] - truth).abs().nanmean(1), parts.by)
-        rows.append(dict(kind=k, rho=rho.estimate, rho_low=rho.low, rho_high=rho.high, off=off.estimate, off_low=off.low,
-                         off_high=off.high, bias=(d[k] - truth).nanmean().item(), size=truth.abs().nanmean().item(), n=rho.n))
-    return d, pd.DataFrame(rows)
+    truth:torch.Tensor, # effects (n, K) of parts that were never drawn: `part_effects`
+    painted:dict, # name of a replacement → effects (n, K) of the same parts painted over with it
+    by=None # slide of each patch (n,)
+) -> pd.DataFrame: # a row per replacement: rho and off with their intervals, bias, size, n
+    """How far painted-over effects are from the truth: `rho`, the mean rank correlation over a patch's parts (1 is the
+    truth); `off`, the mean absolute difference, in units of the score, beside `size`, the mean |true effect|; `bias`,
+    the mean difference, positive where paint exaggerates. A patch whose effects are all equal counts as ρ = 0."""
+    rows = []
+    for name, d in painted.items():
+        rho, off = removal_scores(truth, d.double())['rho'].nan_to_num(0), (d - truth).abs().nanmean(1)
+        row = dict(kind=name)
+        for k, i in dict(rho=interval(rho, by), off=interval(off, by)).items():
+            row |= {k: i.estimate, f'{k}_low': i.low, f'{k}_high': i.high, 'n': i.n}
+        rows.append(row | dict(bias=(d - truth).nanmean().item(), size=truth.abs().nanmean().item()))
+    return pd.DataFrame(rows)
+
+# %% ../nbs/10_localisation.ipynb #f659adb7
+def with_ink(
+    parts:list, # of `synthetic.Parts`
+    seed:int=0 # of the strokes
+) -> list:
+    "The same patches with a stroke of ink, which is one more part, the last; it never touches the centre box."
+    return [_inked(p, seed + i) for i, p in enumerate(parts)]
+
+def _inked(p, seed):
+    def one(x): return plant(x[None], [1], 'ink', 0, seed, prevalence=1)   # the same stroke each time
+    x, _, mask = one(p.x)
+    without = np.concatenate([one(w).x for w in p.without] + [p.x[None]])
+    masks = np.concatenate([p.masks & ~mask, mask])
+    return Parts(x[0], [*p.names, 'ink'], masks, without, p.mask, p.y, p.wsi)

@@ -222,17 +222,18 @@ def _stamp(canvas, stamps, b, y, x, which, strength):
     values = stamps.reshape(len(stamps), -1)[which]*strength[:, None].astype('float32')
     np.maximum.at(canvas.reshape(-1), at.ravel(), values.ravel())
 
-# %% ../nbs/foundation/07_synthetic.ipynb #e1fbe68f
-_SPACING = dict(lymphocyte=(5.8, 7.8), blast=(7.6, 10.5), histiocyte=(9, 13), fibroblast=(11, 20), tumour=(10, 16))
-_CHANCE = dict(  # that a grid point holds a nucleus, by tissue in the order of TISSUES
-    lymphocyte=(.93, .06, .20, .22, 0, .05, .05), blast=(.06, 0, .9, .10, 0, 0, 0),
-    histiocyte=(.05, .05, .08, .75, .01, .02, 0), fibroblast=(.05, .6, .02, .15, .03, .03, 0), tumour=(0,)*6 + (.93,))
-
+# %% ../nbs/foundation/07_synthetic.ipynb #209be009
 def _stand(canvas, bank, kind, b, y, x, which, strength, nest):
     "Stamp nuclei of a kind into the canvas (2, n, side, side) of those outside and those in a nest."
     for k in (0, 1):
         m = nest == bool(k)
         _stamp(canvas[k], bank.nuclei[kind], b[m], y[m], x[m], which[m], strength[m])
+
+# %% ../nbs/foundation/07_synthetic.ipynb #e1fbe68f
+_SPACING = dict(lymphocyte=(5.8, 7.8), blast=(7.6, 10.5), histiocyte=(9, 13), fibroblast=(11, 20), tumour=(10, 16))
+_CHANCE = dict(  # that a grid point holds a nucleus, by tissue in the order of TISSUES
+    lymphocyte=(.93, .06, .20, .22, 0, .05, .05), blast=(.06, 0, .9, .10, 0, 0, 0),
+    histiocyte=(.05, .05, .08, .75, .01, .02, 0), fibroblast=(.05, .6, .02, .15, .03, .03, 0), tumour=(0,)*6 + (.93,))
 
 def _sow(c):
     "Haematoxylin of nuclei: `benign` and `malignant` (n, H, W), the second for what stands in a nest."
@@ -384,7 +385,7 @@ def patch_layers(
     out = {k: _expose(_densities(c, *v)[i], plain) for k, v in steps.items()}
     return out | {"the slide's stain": _expose((_densities(c)*c.thickness)[i], look), 'focus and noise': c.x[i]}
 
-# %% ../nbs/foundation/07_synthetic.ipynb #cd33b426
+# %% ../nbs/foundation/07_synthetic.ipynb #24219648
 def _neighbours(yx, k):
     "Numbers 0 … k−1 (n,) of groups of neighbouring points (n, 2), of nearly equal size; fewer groups for fewer points."
     out, k = np.zeros(len(yx), int), min(k, len(yx))
@@ -395,13 +396,14 @@ def _neighbours(yx, k):
     out[order[cut:]] = k//2 + _neighbours(yx[order[cut:]], k - k//2)
     return out
 
-# %% ../nbs/foundation/07_synthetic.ipynb #448ada35
+# %% ../nbs/foundation/07_synthetic.ipynb #9dc37948
 @lru_cache(2)
 def _known_chunk(number, seed, slides, tumour, outside): return _chunk(number, seed, slides, tumour, outside)
 
 def _single(c, i):
     "Patch i of a chunk as a chunk of its own, and its nuclei: kind, y, x, which, strength, nest, an array each."
-    one = SimpleNamespace(**{k: getattr(c, k)[i:i + 1] for k in ('ground', 'bed', 'alpha', 'region', 'benign', 'malignant')})
+    layers = 'ground', 'bed', 'alpha', 'region', 'benign', 'malignant'
+    one = SimpleNamespace(**{k: getattr(c, k)[i:i + 1] for k in layers})
     mine = {kind: c.sown[kind][0] == i for kind in c.sown}
     kinds = np.repeat(list(mine), [m.sum() for m in mine.values()])
     return one, [kinds] + [np.concatenate([c.sown[k][j][mine[k]] for k in mine]) for j in range(1, 6)]
@@ -414,7 +416,12 @@ def _sown_again(c, nuclei, keep):
         _stand(canvas, c.bank, kind, np.zeros(len(some[0]), int), *some)
     return dict(zip(('benign', 'malignant'), canvas[..., _PAD:-_PAD, _PAD:-_PAD]))
 
-# %% ../nbs/foundation/07_synthetic.ipynb #67cd66e6
+# %% ../nbs/foundation/07_synthetic.ipynb #8dade0a0
+def _visible(one):
+    "Where nuclei outside and in a nest are seen (2, H, W)."
+    nest = np.where(one.region[:, None, None] == 6, one.alpha, 0)
+    return np.stack([one.benign*(1 - nest), one.malignant*nest])[:, 0] > 0
+
 def _changes(c, i, one, nuclei, groups):
     "What is different without each part: its name → attributes of the chunk `one`."
     shown, yx, out = _visible(one), np.stack(nuclei[1:3], 1).clip(0, SIDE - 1), {}
@@ -432,12 +439,7 @@ def _changes(c, i, one, nuclei, groups):
             out[f'ground: {TISSUES[t]}'] = dict(ground=c.grounds[1 - k][i:i + 1])
     return out
 
-def _visible(one):
-    "Where nuclei outside and in a nest are seen (2, H, W)."
-    nest = np.where(one.region[:, None, None] == 6, one.alpha, 0)
-    return np.stack([one.benign*(1 - nest), one.malignant*nest])[:, 0] > 0
-
-# %% ../nbs/foundation/07_synthetic.ipynb #8643bcf8
+# %% ../nbs/foundation/07_synthetic.ipynb #9534d65f
 class Parts(NamedTuple):
     "A patch, its parts, and the patch drawn again without each of them."
     x: np.ndarray # (H, W, 3) uint8
@@ -448,6 +450,7 @@ class Parts(NamedTuple):
     y: int # 1 where the centre box holds tumour
     wsi: str # the slide
 
+# %% ../nbs/foundation/07_synthetic.ipynb #cd56571d
 def patch_parts(
     index:int=0, # which patch of the endless row
     seed:int=0, slides=None, tumour:float=.5, outside:float=.2, # as in `make_patches`
@@ -461,16 +464,22 @@ def patch_parts(
     slides = _checked(1, seed, slides, tumour, outside, index)
     if groups < 2: raise ValueError(f'groups is {groups}: expected at least 2')
     i, c = index % _CHUNK, _known_chunk(index//_CHUNK, seed, tuple(slides), tumour, outside)
+    out = _without_each(c, i, groups)
+    names, masks, without = zip(*[p for p in out if p[1].sum() >= smallest])
+    y = int(c.mask[i][CENTRE, CENTRE].any())
+    return Parts(c.x[i], list(names), np.stack(masks), np.stack(without), c.mask[i], y, slides[c.wsi[i]])
+
+# %% ../nbs/foundation/07_synthetic.ipynb #11ad46a3
+def _without_each(c, i, groups):
+    "Name, mask and picture for each part of patch i."
     one, nuclei = _single(c, i)
-    before, seen, out = _densities(one)[0], _visible(one).any(0), []
+    before, seen, second = _densities(one)[0], _visible(one).any(0), f'ground: {TISSUES[c.second[i]]}'
     for name, change in _changes(c, i, one, nuclei, groups).items():
         after = _densities(SimpleNamespace(**vars(one) | change))[0]
-        mask = (np.abs(after - before) > 1e-5).any(0)
-        if name.startswith('ground:'): mask &= (c.beyond[i] > .5) == (name == f'ground: {TISSUES[c.second[i]]}')
+        mask = (np.abs(after - before) > 1e-5).any(0)   # less is rounding
         if name.startswith('ground'): mask &= ~seen & ((c.alpha[i] > .5) == ('bed' in change))
-        out.append((name, mask, _scanned(c, i, after)))
-    names, masks, without = zip(*[p for p in out if p[1].sum() >= smallest])
-    return Parts(c.x[i], list(names), np.stack(masks), np.stack(without), c.mask[i], int(c.mask[i][CENTRE, CENTRE].any()), slides[c.wsi[i]])
+        if 'ground' in change: mask &= (c.beyond[i] > .5) == (name == second)
+        yield name, mask, _scanned(c, i, after)
 
 # %% ../nbs/foundation/07_synthetic.ipynb #b44099db
 def colour_features(

@@ -16,7 +16,10 @@ from pcam_tp.models import build
 from pcam_tp.questions import baseline
 from pcam_tp.synthetic import Parts, patch_parts
 
-close = lambda a, b, tol=1e-5: torch.testing.assert_close(torch.as_tensor(a).cpu().double(), torch.as_tensor(b).cpu().double(), rtol=tol, atol=tol, equal_nan=True)
+def close(a, b, tol=1e-5):
+    a, b = (torch.as_tensor(v).cpu().double() for v in (a, b))
+    torch.testing.assert_close(a, b, rtol=tol, atol=tol, equal_nan=True)
+
 
 
 def ramp(n=4, h=6, w=8):
@@ -125,11 +128,13 @@ def test_direction(name):
     "True mask > noise > inverse in the declared direction, for the map of a network that reads the planted spot alone."
     class Spot(nn.Module):
         def forward(self, x): z = x[:, :, 8:16, 4:12].sum((1, 2, 3)); return torch.stack([-z, z], 1)
-    spot, x = Classifier(Spot(), mean=(0, 0, 0), std=(1, 1, 1)), torch.rand(6, 3, 24, 24)
+    g = torch.Generator().manual_seed(0)
+    spot, x = Classifier(Spot(), mean=(0, 0, 0), std=(1, 1, 1)), torch.rand(60, 3, 24, 24, generator=g)
     mask = torch.zeros(24, 24, dtype=torch.bool)
     mask[8:16, 4:12] = True
     gradient = METHODS['saliency'](spot, x, 1)
-    maps = dict(true=gradient, noise=torch.rand(6, 24, 24), inverse=gradient.max() - gradient + .01*torch.rand(6, 24, 24))
+    maps = dict(true=gradient, noise=torch.rand(60, 24, 24, generator=g))
+    maps['inverse'] = gradient.max() - gradient + .01*maps['noise']
     v = {k: t.mean() for k, t in measure({'m': LOCALISATION[name]}, spot, x, maps, 1, masks=mask)['m'].items()}
     sign = 1 if LOCALISATION[name].higher else -1
     assert sign*v['true'] > sign*v['noise'] > sign*v['inverse']
@@ -289,10 +294,15 @@ def test_distance_of_the_truth_from_itself():
     parts = toy(2, (4, 6))
     for p in parts: p.without[:] = np.where(p.masks[..., None], 255, p.x)   # drawn again: white squares
     model = linear()
-    d, table = replacement_distance(model, stack_parts(parts, model.device), 1, kinds=('white', 'black'))
-    white = table.set_index('kind').loc['white']
-    close(white.rho, 1.); close(white.off, 0., 1e-3); assert table.set_index('kind').off['black'] > .1
+    stack = stack_parts(parts, model.device)
+    d = {k: part_effects(model, stack, 1, remove=k) for k in ('rendered', 'white', 'black')}
     close(d['white'], d['rendered'], 1e-3)
+    table = replacement_distance(d['rendered'], {k: d[k] for k in ('white', 'black')}, stack.by).set_index('kind')
+    close(table.rho['white'], 1.); close(table.off['white'], 0., 1e-3); close(table.bias['white'], 0., 1e-3)
+    black = (d['black'] - d['rendered']).nan_to_num(0)
+    close(table.off['black'], (black.abs().sum(1)/torch.tensor([4, 6]).cpu()).mean(), 1e-5)
+    close(table.bias['black'], black.sum()/10, 1e-5); close(table['size'].tolist(), [d['rendered'].abs().nanmean().item()]*2, 1e-5)
+    assert table.rho_low.isna().all() and (table.n == 2).all()   # two slides: no interval
 
 
 def test_parts_of_real_drawings(model):
@@ -302,3 +312,17 @@ def test_parts_of_real_drawings(model):
     assert isinstance(stack, PartStack) and stack.masks.sum(1).max() == 1
     d = part_effects(model, stack)
     assert d.shape == stack.masks.shape[:2] and (d.isfinite().cpu() == stack.masks.flatten(2).any(2).cpu()).all()
+
+
+def test_ink_is_one_part_more():
+    "The same stroke over every version of a patch; without it the patch is as it was; no pixel shows two parts."
+    parts = [patch_parts(i) for i in (2, 9)]
+    inked = with_ink(parts)
+    for p, k in zip(parts, inked):
+        stroke = k.masks[-1]
+        assert k.names == [*p.names, 'ink'] and k.masks.sum(0).max() == 1 and stroke.any() and not stroke[32:64, 32:64].any()
+        assert (k.without[-1] == p.x).all() and (k.x[~stroke] == p.x[~stroke]).all() and (k.x != p.x).any()
+        for j in range(len(p.names)):
+            same = (p.without[j] == p.x).all(-1)   # where the part changed nothing, ink falls on the same pixels
+            assert (k.without[j][same] == k.x[same]).all() and (k.without[j][~stroke] == p.without[j][~stroke]).all()
+    assert all((a.x == b.x).all() for a, b in zip(with_ink(parts), inked)) and (with_ink(parts, 5)[0].x != inked[0].x).any()
