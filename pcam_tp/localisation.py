@@ -7,7 +7,7 @@ __all__ = ['LOCALISATION', 'pointing_game', 'relevance_mass', 'rank_accuracy', '
            'PartStack', 'stack_parts', 'part_effects', 'part_sums', 'removal_scores', 'rendered_removal',
            'replacement_distance', 'with_ink']
 
-# %% ../nbs/10_localisation.ipynb #0a64eb3d
+# %% ../nbs/10_localisation.ipynb #80bf21e5
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from .shortcuts import plant
 from .stats import interval
 from .synthetic import Parts
 
-# %% ../nbs/10_localisation.ipynb #43d7d90e
+# %% ../nbs/10_localisation.ipynb #50a15aed
 def _share(masks):
     "Share of the pixels in each mask (n,); NaN for one that is empty or full: it judges nobody."
     share = masks.float().mean((1, 2))
@@ -39,7 +39,7 @@ def _near(masks, tolerance):
     far = np.stack([distance_transform_edt(~m) if m.any() else np.full(m.shape, np.inf) for m in masks.cpu().numpy()])
     return torch.from_numpy(far <= tolerance).to(masks.device)
 
-# %% ../nbs/10_localisation.ipynb #11ac0494
+# %% ../nbs/10_localisation.ipynb #4af25ab8
 @metric(higher=True, source='Zhang et al. 2018', score=None, needs='masks', chance=0.)
 def pointing_game(q, maps, masks,
     *, tolerance=0, # pixels that the place may lie outside the mask; 15 in the paper
@@ -51,7 +51,7 @@ def pointing_game(q, maps, masks,
     hit, share = ((unit_places(maps, seed=q.seed)[0] == 0) & near).flatten(1).any(1).float(), _share(near)
     return (hit - share, dict(hit=hit.where(share.isfinite(), torch.nan), share=share)) if details else hit - share
 
-# %% ../nbs/10_localisation.ipynb #2d1f5076
+# %% ../nbs/10_localisation.ipynb #21ba07d7
 @metric(higher=True, source='Arras et al. 2022', score=None, needs='masks', chance=0.)
 def relevance_mass(q, maps, masks, *, details=False):
     """Share of the map's positive part in the mask, less the mask's share of the pixels.
@@ -71,7 +71,7 @@ def rank_accuracy(q, maps, masks, *, details=False):
     inside = (_top(q, maps, size) & masks).sum((1, 2))/size
     return (inside - share, dict(inside=inside, share=share)) if details else inside - share
 
-# %% ../nbs/10_localisation.ipynb #40baf25b
+# %% ../nbs/10_localisation.ipynb #527d1e1e
 @metric(higher=True, source='Fawcett 2006', score=None, needs='masks', chance=.5)
 def localisation_auc(q, maps, masks):
     "How often a pixel of the mask has a larger value than one outside; ties count half. NaN for empty or full masks."
@@ -81,7 +81,7 @@ def localisation_auc(q, maps, masks):
     with np.errstate(invalid='ignore'):
         return torch.from_numpy(((ranks*inside).sum(1) - m*(m + 1)/2)/(m*(inside.shape[1] - m)))
 
-# %% ../nbs/10_localisation.ipynb #700e9857
+# %% ../nbs/10_localisation.ipynb #0dc70fca
 def to_mask(
     maps, # (N, H, W)
     threshold='otsu', # or the share of pixels to keep, in (0, 1]
@@ -95,7 +95,7 @@ def to_mask(
     cut = [threshold_otsu(m.numpy()) if not blank else np.inf for m, blank in zip(t.relu(), is_blank(t, positive=True))]
     return t > torch.tensor(np.array(cut), dtype=torch.float32)[:, None, None]
 
-# %% ../nbs/10_localisation.ipynb #e6f6b02e
+# %% ../nbs/10_localisation.ipynb #e3a59d50
 @metric(higher=True, source='Otsu 1979; Jaccard 1912', score=None, needs='masks', chance=0.)
 def mask_iou(q, maps, masks,
     *, threshold='otsu', # see `to_mask`; or 'matched': as many pixels as the mask has
@@ -112,7 +112,7 @@ def mask_iou(q, maps, masks,
 LOCALISATION = dict(pointing_game=pointing_game, relevance_mass=relevance_mass, rank_accuracy=rank_accuracy,
                     localisation_auc=localisation_auc, matched_iou=mask_iou.using(threshold='matched'))
 
-# %% ../nbs/10_localisation.ipynb #130898ad
+# %% ../nbs/10_localisation.ipynb #c174e222
 class PartStack(NamedTuple):
     "Several patches and their parts; rows are filled up to the largest number of parts, K."
     x: torch.Tensor # (n, 3, H, W) in [0, 1]
@@ -134,7 +134,7 @@ def stack_parts(
     x = to_float(np.stack([p.x for p in parts]), device)
     return PartStack(x, without, masks, [p.names for p in parts], np.array([p.wsi for p in parts]))
 
-# %% ../nbs/10_localisation.ipynb #215efd7b
+# %% ../nbs/10_localisation.ipynb #23189dab
 def part_effects(
     model:Classifier, parts:PartStack,
     target=None, # class per patch, one class, or None: the predicted one
@@ -154,7 +154,7 @@ def part_effects(
 
 def _absent(parts): return ~parts.masks.flatten(2).any(2).cpu()
 
-# %% ../nbs/10_localisation.ipynb #37c0ae34
+# %% ../nbs/10_localisation.ipynb #565bfeaf
 def part_sums(
     maps, # (n, H, W)
     parts:PartStack
@@ -165,7 +165,7 @@ def part_sums(
     sums = torch.stack([(m*k).sum((1, 2)) for m, k in zip(t, parts.masks.cpu())])
     return sums.masked_fill(_absent(parts), torch.nan)
 
-# %% ../nbs/10_localisation.ipynb #2760f444
+# %% ../nbs/10_localisation.ipynb #ee2d07be
 def removal_scores(
     effects:torch.Tensor, sums:torch.Tensor # (n, K), NaN where there is no part: `part_effects`, `part_sums`
 ) -> dict: # 'rho', 'strongest', 'sign' → (n,) float64
@@ -183,7 +183,7 @@ def _signs(d, a):
     if len(d) < 3 or not d.any(): return np.nan
     return np.abs(d[np.sign(d) == np.sign(a)]).sum()/np.abs(d).sum()
 
-# %% ../nbs/10_localisation.ipynb #18868a24
+# %% ../nbs/10_localisation.ipynb #ed509b49
 def rendered_removal(
     model:Classifier, parts:PartStack,
     maps:dict, # name → maps (n, H, W) of `parts.x`
@@ -195,7 +195,7 @@ def rendered_removal(
     found = {k: removal_scores(d, part_sums(m, parts)) for k, m in maps.items()}
     return {s: {k: v[s] for k, v in found.items()} for s in ('rho', 'strongest', 'sign')}
 
-# %% ../nbs/10_localisation.ipynb #cf99687c
+# %% ../nbs/10_localisation.ipynb #80208326
 def replacement_distance(
     truth:torch.Tensor, # effects (n, K) of parts that were never drawn: `part_effects`
     painted:dict, # name of a replacement → effects (n, K) of the same parts painted over with it
@@ -213,7 +213,7 @@ def replacement_distance(
         rows.append(row | dict(bias=(d - truth).nanmean().item(), size=truth.abs().nanmean().item()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/10_localisation.ipynb #f659adb7
+# %% ../nbs/10_localisation.ipynb #2006f53e
 def with_ink(
     parts:list, # of `synthetic.Parts`
     seed:int=0 # of the strokes
