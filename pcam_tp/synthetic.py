@@ -222,7 +222,7 @@ def _stamp(canvas, stamps, b, y, x, which, strength):
     values = stamps.reshape(len(stamps), -1)[which]*strength[:, None].astype('float32')
     np.maximum.at(canvas.reshape(-1), at.ravel(), values.ravel())
 
-# %% ../nbs/foundation/07_synthetic.ipynb #209be009
+# %% ../nbs/foundation/07_synthetic.ipynb #f3f77fea
 def _stand(canvas, bank, kind, b, y, x, which, strength, nest):
     "Stamp nuclei of a kind into the canvas (2, n, side, side) of those outside and those in a nest."
     for k in (0, 1):
@@ -385,7 +385,7 @@ def patch_layers(
     out = {k: _expose(_densities(c, *v)[i], plain) for k, v in steps.items()}
     return out | {"the slide's stain": _expose((_densities(c)*c.thickness)[i], look), 'focus and noise': c.x[i]}
 
-# %% ../nbs/foundation/07_synthetic.ipynb #24219648
+# %% ../nbs/foundation/07_synthetic.ipynb #c92dac49
 def _neighbours(yx, k):
     "Numbers 0 … k−1 (n,) of groups of neighbouring points (n, 2), of nearly equal size; fewer groups for fewer points."
     out, k = np.zeros(len(yx), int), min(k, len(yx))
@@ -396,7 +396,7 @@ def _neighbours(yx, k):
     out[order[cut:]] = k//2 + _neighbours(yx[order[cut:]], k - k//2)
     return out
 
-# %% ../nbs/foundation/07_synthetic.ipynb #9dc37948
+# %% ../nbs/foundation/07_synthetic.ipynb #ffa95018
 @lru_cache(2)
 def _known_chunk(number, seed, slides, tumour, outside): return _chunk(number, seed, slides, tumour, outside)
 
@@ -416,7 +416,7 @@ def _sown_again(c, nuclei, keep):
         _stand(canvas, c.bank, kind, np.zeros(len(some[0]), int), *some)
     return dict(zip(('benign', 'malignant'), canvas[..., _PAD:-_PAD, _PAD:-_PAD]))
 
-# %% ../nbs/foundation/07_synthetic.ipynb #8dade0a0
+# %% ../nbs/foundation/07_synthetic.ipynb #f3788c9d
 def _visible(one):
     "Where nuclei outside and in a nest are seen (2, H, W)."
     nest = np.where(one.region[:, None, None] == 6, one.alpha, 0)
@@ -439,7 +439,7 @@ def _changes(c, i, one, nuclei, groups):
             out[f'ground: {TISSUES[t]}'] = dict(ground=c.grounds[1 - k][i:i + 1])
     return out
 
-# %% ../nbs/foundation/07_synthetic.ipynb #9534d65f
+# %% ../nbs/foundation/07_synthetic.ipynb #75b67a53
 class Parts(NamedTuple):
     "A patch, its parts, and the patch drawn again without each of them."
     x: np.ndarray # (H, W, 3) uint8
@@ -450,7 +450,7 @@ class Parts(NamedTuple):
     y: int # 1 where the centre box holds tumour
     wsi: str # the slide
 
-# %% ../nbs/foundation/07_synthetic.ipynb #cd56571d
+# %% ../nbs/foundation/07_synthetic.ipynb #909944d5
 def patch_parts(
     index:int=0, # which patch of the endless row
     seed:int=0, slides=None, tumour:float=.5, outside:float=.2, # as in `make_patches`
@@ -469,7 +469,7 @@ def patch_parts(
     y = int(c.mask[i][CENTRE, CENTRE].any())
     return Parts(c.x[i], list(names), np.stack(masks), np.stack(without), c.mask[i], y, slides[c.wsi[i]])
 
-# %% ../nbs/foundation/07_synthetic.ipynb #11ad46a3
+# %% ../nbs/foundation/07_synthetic.ipynb #3084ebcc
 def _without_each(c, i, groups):
     "Name, mask and picture for each part of patch i."
     one, nuclei = _single(c, i)
