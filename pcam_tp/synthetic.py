@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'TISSUES', 'N_SLIDES', 'smooth_noise', 'Slide', 'draw_slide', 'slide_names', 'Patches', 'make_patches',
-           'patch_layers', 'colour_features', 'check_sizes', 'write_synthetic', 'synthetic_folder']
+           'patch_layers', 'Parts', 'patch_parts', 'colour_features', 'check_sizes', 'write_synthetic',
+           'synthetic_folder']
 
 # %% ../nbs/foundation/07_synthetic.ipynb #f9648495
-import os, zlib
+import operator, os, zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -196,7 +197,8 @@ def _ground(c):
         return t*c.rng.uniform(.75, 1.25, (c.n, 2, 1, 1)).astype('float32'), _turned(c.bank.angle[w], way)
     (a, first), (b, second) = draw(c.first), draw(c.second)
     c.bed, _ = draw(np.where((c.region > 0) & (c.rng.random(c.n) < .6), 6, np.maximum(c.region, 0)))
-    c.ground = a + (b - a)*np.clip(c.border/.15 + .5, 0, 1)[:, None]
+    c.beyond = np.clip(c.border/.15 + .5, 0, 1)   # weight of the second tissue
+    c.grounds, c.ground = (a, b), a + (b - a)*c.beyond[:, None]
     c.alpha = np.clip(c.level/1.5, 0, 1)
     c.fibre = np.where(c.border > 0, second[:, None, None], first[:, None, None])
     return c
@@ -220,6 +222,13 @@ def _stamp(canvas, stamps, b, y, x, which, strength):
     values = stamps.reshape(len(stamps), -1)[which]*strength[:, None].astype('float32')
     np.maximum.at(canvas.reshape(-1), at.ravel(), values.ravel())
 
+# %% ../nbs/foundation/07_synthetic.ipynb #f3f77fea
+def _stand(canvas, bank, kind, b, y, x, which, strength, nest):
+    "Stamp nuclei of a kind into the canvas (2, n, side, side) of those outside and those in a nest."
+    for k in (0, 1):
+        m = nest == bool(k)
+        _stamp(canvas[k], bank.nuclei[kind], b[m], y[m], x[m], which[m], strength[m])
+
 # %% ../nbs/foundation/07_synthetic.ipynb #e1fbe68f
 _SPACING = dict(lymphocyte=(5.8, 7.8), blast=(7.6, 10.5), histiocyte=(9, 13), fibroblast=(11, 20), tumour=(10, 16))
 _CHANCE = dict(  # that a grid point holds a nucleus, by tissue in the order of TISSUES
@@ -229,6 +238,7 @@ _CHANCE = dict(  # that a grid point holds a nucleus, by tissue in the order of 
 def _sow(c):
     "Haematoxylin of nuclei: `benign` and `malignant` (n, H, W), the second for what stands in a nest."
     canvas, rng, inside = np.zeros((2, c.n, *[SIDE + 2*_PAD]*2), 'float32'), c.rng, lambda v: v.clip(0, SIDE - 1)
+    c.sown = {}   # what stands where, by kind
     for kind, (lo, hi) in _SPACING.items():
         spacing, filled, dark = rng.uniform(lo, hi, c.n), rng.uniform(.6, 1.08, c.n), rng.uniform(.75, 1.1, c.n)
         b, y, x = _grid(rng, spacing)
@@ -238,9 +248,8 @@ def _sow(c):
         turn = (c.fibre[b, inside(y), inside(x)] + rng.normal(0, .3, len(b)))/np.pi*256
         which = np.rint(turn).astype(int) % 256 if kind == 'fibroblast' else size.astype(int).clip(0, 255)
         strength, nest = rng.uniform(.8, 1.1, len(b))*dark[b], c.tissue[b, inside(y), inside(x)] == 6
-        for k in (0, 1):
-            m = nest == bool(k)
-            _stamp(canvas[k], c.bank.nuclei[kind], b[m], y[m], x[m], which[m], strength[m])
+        c.sown[kind] = b, y, x, which, strength, nest
+        _stand(canvas, c.bank, kind, *c.sown[kind])
     c.benign, c.malignant = canvas[:, :, _PAD:-_PAD, _PAD:-_PAD]
     return c
 
@@ -288,16 +297,18 @@ def _expose(od, slide, focus=0., grain=0.):
 def _scan(c):
     "Draw slide, thickness, focus and noise of each patch; images `x` (n, H, W, 3)."
     c.wsi = c.rng.integers(0, len(c.slides), c.n)
-    looks = [draw_slide(w, c.seed) for w in c.slides]
+    c.looks = [draw_slide(w, c.seed) for w in c.slides]
     c.thickness = np.exp(c.rng.normal(0, .1, (c.n, 2, 1, 1))).astype('float32')
-    soft, od = np.where(c.rng.random(c.n) < .07, 1., 0), _densities(c)*c.thickness
-    grain = [_crop(c.rng, c.bank.grain[c.rng.integers(0, 24, c.n)])[0] for _ in range(2)]
-    tint = np.array([.5, 0, -.5], 'float32')
-    c.x = np.empty((c.n, SIDE, SIDE, 3), 'uint8')
-    for i, s in enumerate([looks[k] for k in c.wsi]):
-        noise = s.noise*(grain[0][i][..., None] + tint*grain[1][i][..., None])
-        c.x[i] = _expose(od[i], s, max(s.focus - soft[i], -1), noise)
+    c.soft = np.where(c.rng.random(c.n) < .07, 1., 0)
+    c.grain = [_crop(c.rng, c.bank.grain[c.rng.integers(0, 24, c.n)])[0] for _ in range(2)]
+    c.x = np.stack([_scanned(c, i, od) for i, od in enumerate(_densities(c))])
     return c
+
+def _scanned(c, i, od):
+    "Densities (2, H, W) as the scanner of patch i would have seen them."
+    s, tint = c.looks[c.wsi[i]], np.array([.5, 0, -.5], 'float32')
+    noise = s.noise*(c.grain[0][i][..., None] + tint*c.grain[1][i][..., None])
+    return _expose(od*c.thickness[i], s, max(s.focus - c.soft[i], -1), noise)
 
 # %% ../nbs/foundation/07_synthetic.ipynb #73925ce5
 def _chunk(number, seed, slides, tumour, outside):
@@ -349,10 +360,10 @@ def make_patches(
     The same arguments give the same patches."""
     slides = _checked(n, seed, slides, tumour, outside, first)
     _bank()  # before threads need it
-    numbers = range(first//_CHUNK, (first + n - 1)//_CHUNK + 1)
+    numbers, kept = range(first//_CHUNK, (first + n - 1)//_CHUNK + 1), operator.attrgetter('x', 'mask', 'wsi')
     with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
-        chunks = list(pool.map(lambda k: _chunk(k, seed, slides, tumour, outside), numbers))
-    x, mask, wsi = [np.concatenate([getattr(c, k) for c in chunks])[first % _CHUNK:][:n] for k in ('x', 'mask', 'wsi')]
+        chunks = pool.map(lambda k: kept(_chunk(k, seed, slides, tumour, outside)), numbers)
+        x, mask, wsi = [np.concatenate(v)[first % _CHUNK:][:n] for v in zip(*chunks)]
     cell = (np.arange(first, first + n)*2654435761 + zlib.crc32('|'.join(slides).encode()) + seed) % 2**18  # each once
     y = mask[:, CENTRE, CENTRE].any((1, 2)).astype('uint8')
     return Patches(x, mask, y, np.array(slides)[wsi], 384*np.stack([cell//512, cell % 512], 1))
@@ -373,6 +384,102 @@ def patch_layers(
     plain = Slide((_STAINS[0]*[[2.1], [1.]]).astype('float32'), np.full(3, 245, 'float32'), 0, 0)
     out = {k: _expose(_densities(c, *v)[i], plain) for k, v in steps.items()}
     return out | {"the slide's stain": _expose((_densities(c)*c.thickness)[i], look), 'focus and noise': c.x[i]}
+
+# %% ../nbs/foundation/07_synthetic.ipynb #c92dac49
+def _neighbours(yx, k):
+    "Numbers 0 … k−1 (n,) of groups of neighbouring points (n, 2), of nearly equal size; fewer groups for fewer points."
+    out, k = np.zeros(len(yx), int), min(k, len(yx))
+    if k < 2: return out
+    order = np.argsort(yx[:, np.ptp(yx, axis=0).argmax()], kind='stable')
+    cut = len(yx)*(k//2)//k
+    out[order[:cut]] = _neighbours(yx[order[:cut]], k//2)
+    out[order[cut:]] = k//2 + _neighbours(yx[order[cut:]], k - k//2)
+    return out
+
+# %% ../nbs/foundation/07_synthetic.ipynb #ffa95018
+@lru_cache(2)
+def _known_chunk(number, seed, slides, tumour, outside): return _chunk(number, seed, slides, tumour, outside)
+
+def _single(c, i):
+    "Patch i of a chunk as a chunk of its own, and its nuclei: kind, y, x, which, strength, nest, an array each."
+    layers = 'ground', 'bed', 'alpha', 'region', 'benign', 'malignant'
+    one = SimpleNamespace(**{k: getattr(c, k)[i:i + 1] for k in layers})
+    mine = {kind: c.sown[kind][0] == i for kind in c.sown}
+    kinds = np.repeat(list(mine), [m.sum() for m in mine.values()])
+    return one, [kinds] + [np.concatenate([c.sown[k][j][mine[k]] for k in mine]) for j in range(1, 6)]
+
+def _sown_again(c, nuclei, keep):
+    "The two canvases (1, H, W) with some of the nuclei of a patch."
+    canvas = np.zeros((2, 1, *[SIDE + 2*_PAD]*2), 'float32')
+    for kind in c.sown:
+        some = [v[keep & (nuclei[0] == kind)] for v in nuclei[1:]]
+        _stand(canvas, c.bank, kind, np.zeros(len(some[0]), int), *some)
+    return dict(zip(('benign', 'malignant'), canvas[..., _PAD:-_PAD, _PAD:-_PAD]))
+
+# %% ../nbs/foundation/07_synthetic.ipynb #f3788c9d
+def _visible(one):
+    "Where nuclei outside and in a nest are seen (2, H, W)."
+    nest = np.where(one.region[:, None, None] == 6, one.alpha, 0)
+    return np.stack([one.benign*(1 - nest), one.malignant*nest])[:, 0] > 0
+
+def _changes(c, i, one, nuclei, groups):
+    "What is different without each part: its name → attributes of the chunk `one`."
+    shown, yx, out = _visible(one), np.stack(nuclei[1:3], 1).clip(0, SIDE - 1), {}
+    at = [np.flatnonzero((nuclei[5] == bool(k)) & shown[k][tuple(yx.T)]) for k in (0, 1)]
+    nest = round(groups*shown[1].sum()/max(1, shown.sum()))   # of the groups, by what is seen
+    if len(at[0]) and len(at[1]): nest = min(max(nest, 1), groups - 1)
+    for name, mine, k in (('nuclei of the nest', at[1], nest), ('benign nuclei', at[0], groups - nest)):
+        group = _neighbours(yx[mine], k)
+        for g in np.unique(group):
+            keep = ~np.isin(np.arange(len(yx)), mine[group == g])
+            out[f'{name} {g + 1}'] = _sown_again(c, nuclei, keep)
+    if one.region >= 0: out[f'ground of the {TISSUES[one.region[0]]} region'] = dict(bed=one.ground)
+    if c.first[i] != c.second[i]:
+        for k, t in enumerate((c.first[i], c.second[i])):
+            out[f'ground: {TISSUES[t]}'] = dict(ground=c.grounds[1 - k][i:i + 1])
+    return out
+
+# %% ../nbs/foundation/07_synthetic.ipynb #75b67a53
+class Parts(NamedTuple):
+    "A patch, its parts, and the patch drawn again without each of them."
+    x: np.ndarray # (H, W, 3) uint8
+    names: list # K words
+    masks: np.ndarray # (K, H, W) bool: pixels that show the part; no pixel shows two
+    without: np.ndarray # (K, H, W, 3) uint8
+    mask: np.ndarray # (H, W) bool, true on tumour
+    y: int # 1 where the centre box holds tumour
+    wsi: str # the slide
+
+# %% ../nbs/foundation/07_synthetic.ipynb #909944d5
+def patch_parts(
+    index:int=0, # which patch of the endless row
+    seed:int=0, slides=None, tumour:float=.5, outside:float=.2, # as in `make_patches`
+    groups:int=8, # of nuclei, shared out between nest and rest by the pixels that they show
+    smallest:int=24 # pixels; parts that show fewer are left out
+) -> Parts:
+    """A patch as `make_patches` draws it, and drawn again without one part: same seed, nothing else changed.
+
+    The scanner's focus spreads a change by up to 7 pixels beyond the part; farther away the bytes are equal. A ground
+    shows where no nucleus stands on it; without it another takes its place, below its nuclei too."""
+    slides = _checked(1, seed, slides, tumour, outside, index)
+    if groups < 2: raise ValueError(f'groups is {groups}: expected at least 2')
+    i, c = index % _CHUNK, _known_chunk(index//_CHUNK, seed, tuple(slides), tumour, outside)
+    out = _without_each(c, i, groups)
+    names, masks, without = zip(*[p for p in out if p[1].sum() >= smallest])
+    y = int(c.mask[i][CENTRE, CENTRE].any())
+    return Parts(c.x[i], list(names), np.stack(masks), np.stack(without), c.mask[i], y, slides[c.wsi[i]])
+
+# %% ../nbs/foundation/07_synthetic.ipynb #3084ebcc
+def _without_each(c, i, groups):
+    "Name, mask and picture for each part of patch i."
+    one, nuclei = _single(c, i)
+    before, seen, second = _densities(one)[0], _visible(one).any(0), f'ground: {TISSUES[c.second[i]]}'
+    for name, change in _changes(c, i, one, nuclei, groups).items():
+        after = _densities(SimpleNamespace(**vars(one) | change))[0]
+        mask = (np.abs(after - before) > 1e-5).any(0)   # less is rounding
+        if name.startswith('ground'): mask &= ~seen & ((c.alpha[i] > .5) == ('bed' in change))
+        if 'ground' in change: mask &= (c.beyond[i] > .5) == (name == second)
+        yield name, mask, _scanned(c, i, after)
 
 # %% ../nbs/foundation/07_synthetic.ipynb #b44099db
 def colour_features(
