@@ -252,6 +252,7 @@ def test_the_square_is_all_there_is(splits):
     row = table.set_index('method').loc['square']
     assert row.difference < -.25 and row.difference_high < 0 and row.n == 7 and row.by == 'slide'
     assert row.difference == pytest.approx(acc['square'] - acc['random']) and .3 < row.mask_auc < .7
+    assert row.auc_difference == pytest.approx(row.auc - table.set_index('method').auc['random']) and row.auc_difference < -.2
     assert [*found] == [('all pixels', 0.)] + [(m, 1/16) for m in ('random', 'square', 'inverse')]
     assert len(found['square', 1/16]) == 1 and len(found['square', 1/16][0]) == 70
 
