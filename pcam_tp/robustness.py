@@ -6,7 +6,7 @@
 __all__ = ['HAAS_CONTROLS', 'linf_noise', 'max_sensitivity', 'unit_maps', 'highlighted', 'haas', 'haas_gain', 'haas_controls',
            'haas_table', 'roar_splits', 'roar']
 
-# %% ../nbs/09c_robustness.ipynb #6185f890
+# %% ../nbs/09c_robustness.ipynb #69c3f82b
 import hashlib
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ from .recipe import trained
 from .stats import Interval, auc_interval, holm, interval, macro_auc, paired_test, roc_auc
 from .training import evaluate, probabilities
 
-# %% ../nbs/09c_robustness.ipynb #c44a9c12
+# %% ../nbs/09c_robustness.ipynb #7b28fad9
 def _dice(seed, row):
     "A generator for one image: it hangs on the seed and on the image's row, not on its batch."
     own = np.random.SeedSequence([seed, row, 0x6d617873]).generate_state(1)[0]
@@ -46,7 +46,7 @@ def linf_noise(
         u = torch.stack([torch.rand(q.x.shape[1:], generator=g, dtype=torch.float32) for g in dice])
         yield radius*(2*u.to(q.device) - 1)
 
-# %% ../nbs/09c_robustness.ipynb #d250c610
+# %% ../nbs/09c_robustness.ipynb #6f1f8339
 @metric(higher=False, source='Yeh et al. 2019', score=None, needs='remake', passes=lambda draws, **_: draws)
 def max_sensitivity(q, maps, remake,
     *, radius:float=.05, # of the L∞ ball, in pixel values of [0, 1]
@@ -64,7 +64,7 @@ def max_sensitivity(q, maps, remake,
     if normalise: value = (value/norm).where(norm > 0, torch.nan)
     return (value, dict(changes=changes, norm=norm)) if details else value
 
-# %% ../nbs/09c_robustness.ipynb #cbbd9efb
+# %% ../nbs/09c_robustness.ipynb #ed64852b
 def unit_maps(
     maps # (N, H, W), signed
 ) -> torch.Tensor: # (N, H, W) in [−1, 1], signs kept
@@ -84,7 +84,7 @@ def highlighted(
         raise ValueError('a leaves [−1, 1]: scale maps with `unit_maps`')
     return (x + a[:, None]*(x - .5)).clamp(0, 1)
 
-# %% ../nbs/09c_robustness.ipynb #69405fe4
+# %% ../nbs/09c_robustness.ipynb #89b7dd50
 def _ratio(after, before, weight): return _share((weight*after).sum(-1), (weight*before).sum(-1))
 
 def _gap(after, of_control, before, weight):
@@ -102,7 +102,7 @@ def _labels(y, x):
     if y.shape != (len(x),): raise ValueError(f'y has shape {tuple(y.shape)}: expected ({len(x)},), a label per image')
     return y
 
-# %% ../nbs/09c_robustness.ipynb #e0c8621c
+# %% ../nbs/09c_robustness.ipynb #bfd31f27
 def haas(
     model:Classifier,
     x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
@@ -118,7 +118,7 @@ def haas(
     if not before.any(): raise ValueError('no image is classified rightly: HAAS has no denominator')
     return interval((after, before), by, _ratio, n_resamples=sizes().n_resamples)
 
-# %% ../nbs/09c_robustness.ipynb #07096479
+# %% ../nbs/09c_robustness.ipynb #10da6bab
 def _asked_class(q, make):
     "Where the network's class is the question's, (n,) zeros and ones."
     out = torch.empty(len(q.x), device=q.device)
@@ -135,7 +135,7 @@ def haas_gain(q, maps):
     a = unit_maps(maps)
     return _asked_class(q, lambda i: highlighted(q.x[i], a[i])) - _asked_class(q, lambda i: q.x[i])
 
-# %% ../nbs/09c_robustness.ipynb #7378a249
+# %% ../nbs/09c_robustness.ipynb #366607b8
 HAAS_CONTROLS = 'constant', 'shuffled', 'other'
 
 def haas_controls(
@@ -147,7 +147,7 @@ def haas_controls(
                          for i, m in enumerate(a)])
     return dict(zip(HAAS_CONTROLS, (a.mean((1, 2), keepdim=True).expand_as(a), mixed, other(a, seed))))
 
-# %% ../nbs/09c_robustness.ipynb #024284f3
+# %% ../nbs/09c_robustness.ipynb #82b74093
 def haas_table(
     model:Classifier,
     x:torch.Tensor, y, # images (N, 3, H, W) in [0, 1], and their labels (N,)
@@ -173,7 +173,7 @@ def haas_table(
     table.insert(table.columns.get_loc('p') + 1, 'p_holm', holm(table.p))
     return table
 
-# %% ../nbs/09c_robustness.ipynb #168834cd
+# %% ../nbs/09c_robustness.ipynb #775f1a0d
 class _Removed:
     "Patches of a split, some pixels replaced by a colour; made when they are asked for."
     def __init__(self, split, hidden, colour):
@@ -190,7 +190,7 @@ class _Removed:
         x[self.holes(rows)] = self.colour
         return x
 
-# %% ../nbs/09c_robustness.ipynb #aed2ad73
+# %% ../nbs/09c_robustness.ipynb #7e1436f2
 def _without(split, hidden, colour):
     "The split with those pixels replaced."
     meta = None if split.meta is None else split.meta.iloc[split.rows].reset_index(drop=True)
@@ -202,7 +202,7 @@ def _mean_colour(split):
     parts = [split.patches(slice(i, i + 1024)).mean((1, 2)) for i in range(0, len(split), 1024)]
     return np.concatenate(parts).mean(0).round().astype(np.uint8)
 
-# %% ../nbs/09c_robustness.ipynb #2db556cd
+# %% ../nbs/09c_robustness.ipynb #d7da87e2
 def _holes_of(model, split, e, fractions):
     "Which pixels go at each fraction, the most relevant of the predicted class first: bits (N, fractions, bytes)."
     parts = []
@@ -217,7 +217,7 @@ def _code(f):
     def parts(c): return [c.co_code.hex(), c.co_names, [parts(k) if hasattr(k, 'co_code') else k for k in c.co_consts]]
     return parts(f.__code__)
 
-# %% ../nbs/09c_robustness.ipynb #b6497446
+# %% ../nbs/09c_robustness.ipynb #200b94f0
 def _holes_file(model, splits, e, fractions):
     "The file with the holes of all splits, made once for these weights, this explainer and these fractions."
     h = hashlib.blake2b(digest_size=8)
@@ -229,7 +229,7 @@ def _holes_file(model, splits, e, fractions):
             for k, s in enumerate(splits): f[str(k)] = _holes_of(model, s, e, fractions)
     return make_once(file, make, f'what {e.__name__} removes')
 
-# %% ../nbs/09c_robustness.ipynb #9701b830
+# %% ../nbs/09c_robustness.ipynb #6a6a1efa
 def roar_splits(
     model:Classifier, # that is explained
     splits:tuple, # train, valid, test
@@ -246,7 +246,7 @@ def roar_splits(
         for k, f in enumerate(fractions):
             yield method, f, [_without(s, h[:, k], colour) for s, h in zip(splits, hidden)]
 
-# %% ../nbs/09c_robustness.ipynb #5117f192
+# %% ../nbs/09c_robustness.ipynb #c9656629
 def _hole_grid(split, cells=12):
     "Share of each cell of a grid that is gone, (N, cells²)."
     raw, parts = split.raw, []
@@ -261,7 +261,7 @@ def _mask_auc(train, test):
     p = line.predict_proba(_hole_grid(test))
     return auc_interval(test.y, p[:, 1] if p.shape[1] == 2 else p, by=test.slides)
 
-# %% ../nbs/09c_robustness.ipynb #eb32ad95
+# %% ../nbs/09c_robustness.ipynb #e766bc52
 def roar(
     name:str, # a model of `MODELS`
     splits:tuple, # train, valid, test: what is explained, cut and learnt from
@@ -283,7 +283,7 @@ def roar(
         found[method, f], holes[method, f] = judge(parts), _mask_auc(parts[0], parts[2])
     return _roar_table(found, holes, splits[2]), found
 
-# %% ../nbs/09c_robustness.ipynb #f27cad17
+# %% ../nbs/09c_robustness.ipynb #160e7890
 def _auc_gap(y, a, b, weight):
     area = roc_auc if a.ndim == 1 else macro_auc
     return area(y, a, weight) - area(y, b, weight)
@@ -299,7 +299,7 @@ def _accuracies(found, by):
 
 _BASE = 'all pixels', 'random'   # rows that are compared with nothing
 
-# %% ../nbs/09c_robustness.ipynb #518611bc
+# %% ../nbs/09c_robustness.ipynb #ebf13737
 def _roar_table(found, holes, test):
     "A row per method and fraction; all but accuracy is of the first seed."
     by, rows, nothing, n = test.slides, [], Interval(*[np.nan]*3, 0, ''), sizes().n_resamples
