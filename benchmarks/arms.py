@@ -39,14 +39,14 @@ TINY = dict(integrated_gradients=dict(n_steps=2), smoothgrad=dict(n_samples=2, n
 def sizes(device, quick=False):
     "How much work there is: enough for a clock, and on a GPU enough to fill it; with `quick`, hardly any."
     s = dict(rows=20_000, batch=64, steps=1, epochs=6, patches=32, images=2, fewer=dict(rise=1, lime=1),
-             batches=(8, 16, 32, 64), of_peers=32, bare=200, repeats=1, width=1., options=OPTIONS)
+             batches=(8, 16, 32, 64), of_peers=32, bare=200, repeats=1, width=1., draws=10, options=OPTIONS)
     if device == 'mps': s |= dict(patches=64, images=4, batches=(32, 64, 128, 256))
     if device == 'cuda':
         s |= dict(steps=50, patches=256, images=16, fewer=dict(lime=8), batches=(32, 64, 128, 256, 512, 1024),
                   bare=4_096, repeats=3)
     if quick:
         s |= dict(rows=200, batch=8, steps=2, epochs=2, patches=4, images=2, fewer={}, batches=(4, 8), of_peers=4,
-                  bare=8, repeats=1, width=.1, options=TINY)
+                  bare=8, repeats=1, width=.1, draws=2, options=TINY)
     return SimpleNamespace(device=torch.device(device), quick=quick, **s)
 
 
@@ -377,6 +377,37 @@ for method in METHODS:
                          same=lambda *a: _library(*a, batches=(S.of_peers,)),
                          best=lambda *a: _library(*a, batches=S.batches))
         ARMS.update({f'{method}_{name}_{k}': partial(f, method, name) for k, f in arms.items()})
+
+
+# Max-Sensitivity of the gradient, as many draws for both; captum's default is all draws of all images in one batch
+
+def _sensitivity_ours(name):
+    from pcam_tp.robustness import max_sensitivity
+    from pcam_tp.saliency import saliency
+    setup()
+    model, x = _cam_scene(name)
+    return seconds(lambda: max_sensitivity(model, x, saliency, 1, draws=S.draws, score='logit'), S.repeats)
+
+
+def _sensitivity_captum(name, most=None):
+    "`most` images a pass; None is captum's default."
+    from captum.attr import Saliency
+    from captum.metrics import sensitivity_max
+    model, x = _cam_scene(name)
+    model = model.to(memory_format=torch.contiguous_format)
+
+    def maps(images):
+        images = images[0] if isinstance(images, tuple) else images
+        return (Saliency(model).attribute(images, target=1).amax(1),)
+
+    def work(): sensitivity_max(maps, x, perturb_radius=.05, n_perturb_samples=S.draws, max_examples_per_batch=most)
+    return seconds(work, S.repeats)
+
+
+for name in NETWORKS:
+    ARMS.update({f'sensitivity_{name}_ours': partial(_sensitivity_ours, name),
+                 f'sensitivity_{name}_library': partial(_sensitivity_captum, name),
+                 f'sensitivity_{name}_same': lambda name=name: _sensitivity_captum(name, S.patches)})
 
 
 def main():

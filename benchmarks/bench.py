@@ -95,10 +95,17 @@ def method_cases(device):
             for column, ours, peer, theirs, target in columns(device, model, library)]
 
 
+def sensitivity_cases(device):
+    s = sizes(device)
+    return [Case(f'Max-Sensitivity of {s.draws} draws, fp32', f'{m}, gradient, {s.patches} patches', f'sensitivity_{m}_ours',
+                 f'captum, {peer}', f'sensitivity_{m}_{theirs}', 1) for m in NETWORKS
+            for peer, theirs in (('defaults', 'library'), (f'batches of {s.patches}', 'same'))]
+
+
 def cases(device):
     "Everything that is measured on a device."
     data, train = (data_cases(), []) if device == 'cpu' else ([], train_cases())
-    return data + train + step_cases(device) + cam_cases(device) + method_cases(device)
+    return data + train + step_cases(device) + cam_cases(device) + method_cases(device) + sensitivity_cases(device)
 
 
 def measure(checkout, arm, options):

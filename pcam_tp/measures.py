@@ -271,6 +271,7 @@ def _public(m):
         _known(name, given, possible)
         own = {k: given.pop(k) for k in [*m.usual, 'score', 'baseline'] if k in given}
         if 'baseline' in own: given['baseline'] = own['baseline']
+        if m.score is None and 'score' in own: given['score'] = own['score']   # of the remakes and of the maps
         if m.needs == 'remake' and not hasattr(maps, 'on'):
             raise ValueError(f'{name} explains disturbed images: give an explainer in the place of maps')
         found = _measured({name: face}, model, x, dict(maps=maps), target, masks, None, details, own, **given)
