@@ -95,10 +95,18 @@ def method_cases(device):
             for column, ours, peer, theirs, target in columns(device, model, library)]
 
 
+def removal_cases(device):
+    s = sizes(device)
+    n = 4*s.images if device != 'cpu' else 4
+    work, ours = f'small_cnn, {n} patches', 'road_small_cnn_ours'
+    return [Case('ROAD of 9 shares, fp32', work, ours, 'grad-cam, ROADCombined', 'road_small_cnn_library', 5),
+            Case('ROAD of 9 shares, fp32', work, ours, 'bare passes, best batch', 'road_small_cnn_bare', None)]
+
+
 def cases(device):
     "Everything that is measured on a device."
     data, train = (data_cases(), []) if device == 'cpu' else ([], train_cases())
-    return data + train + step_cases(device) + cam_cases(device) + method_cases(device)
+    return data + train + step_cases(device) + cam_cases(device) + method_cases(device) + removal_cases(device)
 
 
 def measure(checkout, arm, options):

@@ -353,6 +353,26 @@ def test_captum_agrees(normalize):
     torch.testing.assert_close(ours.float().cpu(), theirs.cpu(), rtol=1e-3, atol=1e-4*scale)
 
 
+def test_quantus_accumulates():
+    """Its squares stay hidden when the next one is, its 'black' is the image's smallest value, and it multiplies the map
+    by x − x': quantus 0.6.0, Infidelity(perturb_patch_sizes=[2], n_perturb_samples=1), gradient × input: 0.0059194565."""
+    w, x = ((torch.arange(16) % 5 - 2)/4).view(4, 4), ((torch.arange(16) + 1)/16).view(4, 4)
+    def of_quantus(map, accumulate):
+        now, errors = x.clone(), []
+        for r, c in ((0, 0), (0, 2), (2, 0), (2, 2)):
+            now = now.clone() if accumulate else x.clone()
+            now[r:r + 2, c:c + 2] = x.min()
+            errors.append(((w*(x - now)).sum() - (map*(x - now)).sum())**2)
+        return torch.stack(errors).mean().item()
+    assert of_quantus(w*x, True) == pytest.approx(.0059194565, rel=1e-5)
+    assert of_quantus(w*x, False) > 2*.0059   # one square at a time: another number
+    class Weighted(Sum):
+        def forward(self, x): return super().forward(x*w)
+    model = Classifier(Weighted(), mean=(0, 0, 0), std=(1, 1, 1))
+    truth = w*(x - x.min())   # what each pixel adds to the baseline: exact, and ours says so
+    near(infidelity(model, x.expand(1, 3, 4, 4), truth[None], 1, baseline=x.min().item(), fitted=False), torch.zeros(1), 1e-6)
+
+
 def test_pieces():
     q = Question(additive(), torch.rand(8, 3, 48, 60, generator=dice), 1)
     pairs = torch.arange(8).repeat_interleave(50), torch.arange(50).repeat(8)
