@@ -383,18 +383,18 @@ for method in METHODS:
 
 def _road_scene():
     torch.manual_seed(0)
-    model, x = _scene('lime', 'small_cnn')
+    model, (_, x) = _network('small_cnn', **COURSE).eval(), _scene('lime', 'small_cnn')
     n = 2 if S.quick else 4*S.images if S.device.type != 'cpu' else 4
     x = x[:1].expand(n, -1, -1, -1) + .05*torch.rand(n, 3, 96, 96).to(S.device)
     smooth = F.interpolate(torch.rand(n - n//2, 1, 6, 6), (96, 96), mode='bilinear')[:, 0]
-    return model, x.clamp(0, 1), torch.cat([smooth, torch.rand(n//2, 96, 96)])
+    return model.to(memory_format=torch.channels_last), x.clamp(0, 1), torch.cat([smooth, torch.rand(n//2, 96, 96)])
 
 
 PERCENTILES = 10, 20, 30, 40, 50, 60, 70, 80, 90
 
 
 @arm
-def road_small_cnn_ours():
+def road_course_ours():
     from pcam_tp.removal import road
     setup()
     model, x, maps = _road_scene()
@@ -402,7 +402,7 @@ def road_small_cnn_ours():
 
 
 @arm
-def road_small_cnn_library():
+def road_course_library():
     from pytorch_grad_cam.metrics.road import ROADCombined
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
     model, x, maps = _road_scene()
@@ -411,7 +411,7 @@ def road_small_cnn_library():
 
 
 @arm
-def road_small_cnn_bare():
+def road_course_bare():
     "As many passes without any removal."
     setup()
     model, x, _ = _road_scene()

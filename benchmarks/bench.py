@@ -98,9 +98,9 @@ def method_cases(device):
 def removal_cases(device):
     s = sizes(device)
     n = 4*s.images if device != 'cpu' else 4
-    work, ours = f'small_cnn, {n} patches', 'road_small_cnn_ours'
-    return [Case('ROAD of 9 shares, fp32', work, ours, 'grad-cam, ROADCombined', 'road_small_cnn_library', 5),
-            Case('ROAD of 9 shares, fp32', work, ours, 'bare passes, best batch', 'road_small_cnn_bare', None)]
+    work, ours = f'small_cnn of the course, {n} patches', 'road_course_ours'
+    return [Case('ROAD of 9 shares, fp32', work, ours, 'grad-cam, ROADCombined', 'road_course_library', 5),
+            Case('ROAD of 9 shares, fp32', work, ours, 'bare passes, best batch', 'road_course_bare', None)]
 
 
 def cases(device):

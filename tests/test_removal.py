@@ -189,14 +189,14 @@ def test_large_holes_in_a_few_steps():
     seen, steps, rest = holes(), [], removal._Hole.rest
     x = F.interpolate(torch.rand(1, 3, 30, 30, generator=dice), (96, 96), mode='bilinear').expand(len(seen), -1, -1, -1)
     fine = imputed(x, seen, tolerance=1e-6)
-    assert (imputed(x, seen) - fine).abs().max() < .1/255
+    assert (imputed(x, seen) - fine).abs().max() < .2/255
     def counted(self, r, u):
         steps.append(u.shape[2])
         return rest(self, r, u)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(removal._Hole, 'rest', counted)
         imputed(x, seen)
-    assert steps.count(96) <= 2 + 3*16
+    assert steps.count(96) <= 2 + 2*16
 
 
 def test_imputer_of_the_authors():
@@ -204,7 +204,7 @@ def test_imputer_of_the_authors():
     seen = holes()[:7]
     x = torch.rand(1, 3, 96, 96, generator=dice).expand(len(seen), -1, -1, -1)
     theirs = torch.stack([NoisyLinearImputer(noise=0)(a.cpu(), v.float().cpu()) for a, v in zip(x, seen)])
-    near(imputed(x, seen), theirs, .1/255)   # a tenth of a grey level
+    near(imputed(x, seen), theirs, .2/255)   # a fifth of a grey level
 
 
 # ROAD
