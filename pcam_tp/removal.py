@@ -32,6 +32,10 @@ _ring = _outer(1, 2, 1)/12   # edges 1/6, corners 1/12
 _ring[1, 1] = 0
 _up = _outer(1, 3, 3, 1)/16   # what bilinear interpolation to twice the size gives, seen from a coarse pixel
 
+def _dot(a, b): return (a*b).sum((2, 3), keepdim=True)
+def _ratio(a, b): return torch.where(b > 0, a/b, 0.)
+def _some(v, keep): return v[:, keep].contiguous(memory_format=torch.channels_last)
+
 # %% ../nbs/09b_removal.ipynb #2f6cbdd2
 class _Hole:
     "The system of the hidden pixels (1, b, H, W), and a cheap guess at its solution from coarser grids."
@@ -57,8 +61,6 @@ class _Hole:
         part.coarse = self.coarse and self.coarse.only(keep)
         return part
 
-def _some(v, keep): return v[:, keep].contiguous(memory_format=torch.channels_last)
-
 # %% ../nbs/09b_removal.ipynb #f4af5b63
 @patch
 def guess(self:_Hole, r):
@@ -73,24 +75,22 @@ def guess(self:_Hole, r):
     u.addcmul_(F.interpolate(step, scale_factor=2, mode='bilinear')[..., :h, :w], self.hidden)
     return u.addcmul_(self.inverse, self.rest(r, u))
 
-# %% ../nbs/09b_removal.ipynb #7d8184d6
+# %% ../nbs/09b_removal.ipynb #321430e6
 def _solved(hole, r, tolerance, most=100):
     "Conjugate gradients (Hestenes and Stiefel 1952), every field at its own pace; images that are done are put aside."
-    dot = lambda a, b: (a*b).sum((2, 3), keepdim=True)
-    ratio = lambda a, b: torch.where(b > 0, a/b, 0.)
     out, at = torch.zeros_like(r), torch.arange(r.shape[1], device=r.device)
     u, p = torch.zeros_like(r), hole.guess(r)
-    size = dot(r, p)
+    size = _dot(r, p)
     enough = tolerance**2*size
     for _ in range(most):
         along = hole.of(p)
-        step = ratio(size, dot(p, along))
+        step = _ratio(size, _dot(p, along))
         u.addcmul_(step, p)
         r = torch.addcmul(r, step, along, value=-1)
         z = hole.guess(r)
-        before, size = size, dot(r, z)
+        before, size = size, _dot(r, z)
         open_ = (size > enough).any(0).flatten()
-        p = torch.addcmul(z, ratio(size, before), p)
+        p = torch.addcmul(z, _ratio(size, before), p)
         if (n := int(open_.sum())) > len(at)/2: continue
         out[:, at], at = u, at[open_]
         if not n: break
@@ -258,6 +258,7 @@ def _squares(q, k):
         return (at >= first[:, None]) & (at < (first + size)[:, None])
     return lambda i, j: line(top[i, j], side[i, j], h)[:, :, None] & line(left[i, j], side[i, j], w)[:, None]
 
+# %% ../nbs/09b_removal.ipynb #fc56cb38
 def _subsets(q, k, cells=12):
     "Random subsets of a grid of cells, of any size."
     h, w = q.x.shape[2:]
@@ -267,6 +268,10 @@ def _subsets(q, k, cells=12):
     return lambda i, j: gone[i, j][:, r[:, None]*cells + c]
 
 PIECES = dict(squares=_squares, subsets=_subsets)
+
+def _check_pieces(pieces, n_samples):
+    if pieces not in PIECES: raise ValueError(f'pieces {pieces!r}: expected one of {", ".join(PIECES)}')
+    if n_samples < 2: raise ValueError(f'n_samples is {n_samples}: expected at least 2')
 
 # %% ../nbs/09b_removal.ipynb #c9964ea1
 @metric(higher=False, source='Yeh et al. 2019', score='log_odds', passes=lambda n_samples, **_: n_samples + 1)
@@ -279,20 +284,18 @@ def infidelity(q, maps,
 ):
     """Mean squared difference between the fall of the score and the sum of the map, over random hidden pieces.
     In squared units of the score. `details`: 'scale' β (N,), with its sign, and (N, n_samples) 'falls' and 'sums'."""
-    if pieces not in PIECES: raise ValueError(f'pieces {pieces!r}: expected one of {", ".join(PIECES)}')
-    if n_samples < 2: raise ValueError(f'n_samples is {n_samples}: expected at least 2')
+    _check_pieces(pieces, n_samples)
     hidden, b = PIECES[pieces](q, n_samples), q.baseline()
     sums = torch.empty(len(maps), n_samples, device=q.device)
     def make(i, j):
         gone = hidden(i, j)
         sums[i, j] = (maps[i]*gone).sum((1, 2))
         return replaced(q.x[i], b[i], ~gone)
-    falls = (q.scores() - q.scores(make, n_samples)).cpu().double()
-    sums = sums.cpu().double()
+    falls = q.scores() - q.scores(make, n_samples)
+    falls, sums = falls.cpu().double(), sums.cpu().double()   # not every device has float64
     scale = (sums*falls).sum(1)/sums.square().sum(1)
     beta = scale.clamp(min=0).nan_to_num(0)[:, None] if fitted else 1
-    value = (beta*sums - falls).square().mean(1)
-    if relative: value = value/falls.square().mean(1)
+    value = (beta*sums - falls).square().mean(1)/(falls.square().mean(1) if relative else 1)
     return value, dict(scale=scale, falls=falls, sums=sums)
 
 # %% ../nbs/09b_removal.ipynb #8a4a842d
@@ -304,7 +307,7 @@ def _blended(q, maps):
     after = q.scores(lambda i, j: torch.lerp(b[i], q.x[i], weight[i]))
     return q.scores()[:, 0], after[:, 0], top > 0
 
-# %% ../nbs/09b_removal.ipynb #6ae1217b
+# %% ../nbs/09b_removal.ipynb #ba9d4056
 @metric(higher=False, source='Chattopadhay et al. 2018', passes=2)
 def average_drop(q, maps, *, details=False):
     """Share of the probability that is lost when the image is blended to the baseline where the map is low; 0 if it
@@ -332,6 +335,7 @@ def _rho(a, b):
 
 def _mean(v): return v[np.isfinite(v)].mean() if np.isfinite(v).any() else np.nan   # of what is known
 
+# %% ../nbs/09b_removal.ipynb #81fb89c4
 def beside_sparsity(
     values:dict, # metric → name of maps → values (N,), as `measure` gives them
     maps:dict # the same names → maps (N, H, W)
