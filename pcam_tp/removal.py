@@ -344,7 +344,7 @@ def beside_sparsity(
     all methods; `methods`, over the methods' means. NaN where a metric or a sparsity is constant."""
     sparse, rows = {s: {k: f(m).numpy() for k, m in maps.items()} for s, f in SPARSITY.items()}, []
     for m, of in values.items():
-        of = {k: np.asarray(v, dtype=float) for k, v in of.items()}
+        of = {k: torch.as_tensor(v).detach().cpu().double().numpy() for k, v in of.items()}
         for s, known in sparse.items():
             each = np.array([_rho(v, known[k]) for k, v in of.items()])
             means = np.array([[_mean(v) for v in d.values()] for d in (of, {k: known[k] for k in of})])
