@@ -408,6 +408,47 @@ for name in NETWORKS:
     ARMS.update({f'sensitivity_{name}_ours': partial(_sensitivity_ours, name),
                  f'sensitivity_{name}_library': partial(_sensitivity_captum, name),
                  f'sensitivity_{name}_same': lambda name=name: _sensitivity_captum(name, S.patches)})
+# ROAD of nine shares, most and least relevant first: half of the maps smooth, half independent numbers
+
+def _road_scene():
+    torch.manual_seed(0)
+    model, (_, x) = _network('small_cnn', **COURSE).eval(), _scene('lime', 'small_cnn')
+    n = 2 if S.quick else 4*S.images if S.device.type != 'cpu' else 4
+    x = x[:1].expand(n, -1, -1, -1) + .05*torch.rand(n, 3, 96, 96).to(S.device)
+    smooth = F.interpolate(torch.rand(n - n//2, 1, 6, 6), (96, 96), mode='bilinear')[:, 0]
+    return model.to(memory_format=torch.channels_last), x.clamp(0, 1), torch.cat([smooth, torch.rand(n//2, 96, 96)])
+
+
+PERCENTILES = 10, 20, 30, 40, 50, 60, 70, 80, 90
+
+
+@arm
+def road_course_ours():
+    from pcam_tp.removal import road
+    setup()
+    model, x, maps = _road_scene()
+    return seconds(lambda: road(model, x, maps.to(S.device), 1), S.repeats)
+
+
+@arm
+def road_course_library():
+    from pytorch_grad_cam.metrics.road import ROADCombined
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
+    model, x, maps = _road_scene()
+    model, targets = model.to(memory_format=torch.contiguous_format), [ClassifierOutputSoftmaxTarget(1)]*len(x)
+    return seconds(lambda: ROADCombined([*PERCENTILES])(x, maps.numpy(), targets, model), 1)
+
+
+@arm
+def road_course_bare():
+    "As many passes without any removal."
+    setup()
+    model, x, _ = _road_scene()
+    x = x.repeat(2*len(PERCENTILES), 1, 1, 1).contiguous(memory_format=torch.channels_last)
+
+    def work(batch):
+        with torch.no_grad(): return [model(part) for part in x.split(batch)]
+    return min(seconds(partial(work, b), S.repeats) for b in S.batches)
 
 
 def main():

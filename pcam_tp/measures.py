@@ -146,10 +146,12 @@ def on(self:_Metric, q, maps, extra=None, details=False, score=None, **options):
 
 # %% ../nbs/foundation/15_measures.ipynb #339a8db1
 def _asking(q, score, baseline):
-    "The same question about another score, with another baseline."
-    q = copy(q)
-    q.score, q.hides, q._kept = score, baseline, {}
-    return q
+    "The same question about another score, with another baseline; one for all that ask so, with what it has kept."
+    key = 'asked', score, id(baseline) if torch.is_tensor(baseline) else repr(baseline)
+    if key not in q._kept:
+        q._kept[key] = asked = copy(q)
+        asked.score, asked.hides, asked._kept = score, baseline, {}
+    return q._kept[key]
 
 @patch
 def using(self:_Metric, **options):
