@@ -40,6 +40,7 @@ def sizes(device, quick=False):
     "How much work there is: enough for a clock, and on a GPU enough to fill it; with `quick`, hardly any."
     s = dict(rows=20_000, batch=64, steps=1, epochs=6, patches=32, images=2, fewer=dict(rise=1, lime=1),
              batches=(8, 16, 32, 64), of_peers=32, bare=200, repeats=1, width=1., draws=10, options=OPTIONS)
+             batches=(8, 16, 32, 64), of_peers=32, bare=200, repeats=1, width=1., options=OPTIONS, curve=50, flips=48)
     if device == 'mps': s |= dict(patches=64, images=4, batches=(32, 64, 128, 256))
     if device == 'cuda':
         s |= dict(steps=50, patches=256, images=16, fewer=dict(lime=8), batches=(32, 64, 128, 256, 512, 1024),
@@ -47,6 +48,7 @@ def sizes(device, quick=False):
     if quick:
         s |= dict(rows=200, batch=8, steps=2, epochs=2, patches=4, images=2, fewer={}, batches=(4, 8), of_peers=4,
                   bare=8, repeats=1, width=.1, draws=2, options=TINY)
+                  bare=8, repeats=1, width=.1, options=TINY, curve=3, flips=3)
     return SimpleNamespace(device=torch.device(device), quick=quick, **s)
 
 
@@ -313,15 +315,18 @@ def _bare(method, name):
     explain = _explainer(method)
     setup()
     model, x = _scene(method, name)
-    total = len(x)*explain.passes(x.shape[2:], **S.options[method])
+    return _passes_alone(model, x, len(x)*explain.passes(x.shape[2:], **S.options[method]), explain.backward)
+
+
+def _passes_alone(model, x, total, backward):
     some = min(total, S.bare)
 
     def work(batch):
         for n in range(0, some, batch):
             size = min(batch, some - n), -1, -1, -1
-            one = x[:1].expand(size).contiguous(memory_format=torch.channels_last).requires_grad_(explain.backward)
-            with torch.set_grad_enabled(explain.backward): out = model(one)
-            if explain.backward: torch.autograd.grad(out[:, 1].sum(), one)
+            one = x[:1].expand(size).contiguous(memory_format=torch.channels_last).requires_grad_(backward)
+            with torch.set_grad_enabled(backward): out = model(one)
+            if backward: torch.autograd.grad(out[:, 1].sum(), one)
     return total/some*min(seconds(partial(work, b), S.repeats) for b in S.batches)
 
 
@@ -449,6 +454,61 @@ def road_course_bare():
     def work(batch):
         with torch.no_grad(): return [model(part) for part in x.split(batch)]
     return min(seconds(partial(work, b), S.repeats) for b in S.batches)
+# Insertion and deletion of the same maps, hidden pixels white; Quantus has deletion alone, in steps that divide the image
+
+def _curve_scene(name, layout=torch.channels_last):
+    model, x = _scene('curves', name, layout)
+    return model, x, torch.rand(len(x), 96, 96, device=S.device)
+
+
+def _curves_ours(name):
+    from pcam_tp.faithfulness import srg
+    setup()
+    model, x, maps = _curve_scene(name)
+    return seconds(lambda: srg(model, x, maps, 1, steps=S.curve), S.repeats)
+
+
+def _curves_loop(name):
+    "One image and one threshold at a time, on ranks rather than on the map's values."
+    model, x, maps = _curve_scene(name, torch.contiguous_format)
+
+    def work():
+        for image, m in zip(x, maps):
+            rank = m.flatten().argsort().argsort().view_as(m)/m.numel()
+            for t in np.linspace(1, 0, S.curve + 1):
+                for seen in (rank >= t, rank < t):
+                    with torch.no_grad(): model(torch.where(seen, image, 1.)[None]).softmax(1)[0, 1].item()
+    return seconds(work, S.repeats)
+
+
+def _curves_bare(name):
+    setup()
+    model, x, _ = _curve_scene(name)
+    return _passes_alone(model, x, 2*len(x)*(S.curve + 1), False)
+
+
+def _flips_ours(name):
+    from pcam_tp.faithfulness import deletion
+    setup()
+    model, x, maps = _curve_scene(name)
+    return seconds(lambda: deletion(model, x, maps, 1, steps=S.flips), S.repeats)
+
+
+def _flips_quantus(name):
+    "Quantus' PixelFlipping at its defaults; its steps count values of channels."
+    if not hasattr(np, 'trapz'): np.trapz = np.trapezoid   # gone in NumPy 2.4, and Quantus 0.6 looks for it
+    from quantus import PixelFlipping
+    model, x, maps = _curve_scene(name, torch.contiguous_format)
+    flip = PixelFlipping(features_in_step=3*96*96//S.flips, perturb_baseline='white', disable_warnings=True)
+    given = dict(x_batch=x.cpu().numpy(), y_batch=np.ones(len(x), int), a_batch=maps[:, None].cpu().numpy())
+    return seconds(lambda: flip(model=model, device=S.device.type, channel_first=True, **given), S.repeats)
+
+
+for name in NETWORKS:
+    for k, f in dict(curves_ours=_curves_ours, curves_loop=_curves_loop, curves_bare=_curves_bare, flips_ours=_flips_ours,
+                     flips_quantus=_flips_quantus).items():
+        kind, _, who = k.partition('_')
+        ARMS[f'{kind}_{name}_{who}'] = partial(f, name)
 
 
 def main():

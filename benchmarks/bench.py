@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -106,6 +107,14 @@ def removal_cases(device):
     work, ours = f'small_cnn of the course, {n} patches', 'road_course_ours'
     return [Case('ROAD of 9 shares, fp32', work, ours, 'grad-cam, ROADCombined', 'road_course_library', 5),
             Case('ROAD of 9 shares, fp32', work, ours, 'bare passes, best batch', 'road_course_bare', None)]
+def curve_cases(device):
+    s, quantus = sizes(device), 'Quantus, PixelFlipping'
+    return [Case(f'{name}, fp32', f'{model}, {s.images} patches, {steps} steps', f'{arms}_{model}_ours', peer,
+                 f'{arms}_{model}_{theirs}', target) for model in NETWORKS
+            for name, steps, arms, peer, theirs, target in (
+                ('insertion + deletion', s.curve, 'curves', 'one pass at a time', 'loop', 1.5),
+                ('insertion + deletion', s.curve, 'curves', 'bare passes, best batch', 'bare', 1/1.15),
+                ('deletion', s.flips, 'flips', quantus, 'quantus', 4))]
 
 
 def cases(device):
@@ -113,6 +122,7 @@ def cases(device):
     data, train = (data_cases(), []) if device == 'cpu' else ([], train_cases())
     return data + train + step_cases(device) + cam_cases(device) + method_cases(device) + sensitivity_cases(device)
     return data + train + step_cases(device) + cam_cases(device) + method_cases(device) + removal_cases(device)
+    return data + train + step_cases(device) + cam_cases(device) + method_cases(device) + curve_cases(device)
 
 
 def measure(checkout, arm, options):
@@ -220,6 +230,10 @@ def main():
     options = ['--device', args.device, *['--quick']*args.quick]
     fits = lambda c: all(w.lower() in f'{c.name} {c.work} {c.peer}'.lower() for w in args.only)
     chosen = [c for c in cases(args.device) if fits(c)]
+    if not find_spec('quantus'):
+        left = [c for c in chosen if c.peer.startswith('Quantus')]
+        if left: print(f'{len(left)} rows beside Quantus are left out: it is not installed, and no requirement')
+        chosen = [c for c in chosen if c not in left]
     if not chosen:
         names = ', '.join(dict.fromkeys(c.name for c in cases(args.device)))
         sys.exit(f'--only {" ".join(args.only)} matches no case of {args.device}; names: {names}')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASS_COLORS', 'as_images', 'show_patches', 'overlay', 'show_map', 'MapLook', 'compare_maps', 'plot_pixel_histograms',
            'mean_patches', 'plot_history', 'plot_confusion', 'plot_roc', 'plot_calibration', 'plot_intervals',
-           'plot_sweep']
+           'plot_sweep', 'plot_curves']
 
 # %% ../nbs/foundation/06_plots.ipynb #134201ba
 import functools, textwrap
@@ -26,7 +26,7 @@ from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
 from statsmodels.stats.proportion import proportion_confint
 
 from .release import CENTRE, CLASSES, SIDE
-from .stats import calibration_bins
+from .stats import calibration_bins, interval
 
 # %% ../nbs/foundation/06_plots.ipynb #acd3bdfe
 CLASS_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#882255')  # Okabe-Ito; Tol's wine
@@ -796,3 +796,26 @@ def _draw_curve(ax, at, df, line, name, shift, bars):
     label = name if name != '' else _bar_name(df)
     bars = _bounds(df) if bars else None
     ax.errorbar(at + shift, df['estimate'], bars, **line, marker='o', ms=6, capsize=3, label=label)
+
+# %% ../nbs/foundation/06_plots.ipynb #6313dc0f
+@_styled
+def plot_curves(
+    panels:dict, # heading of a panel → {name of a curve: values (N, S + 1), at shares from 0 to 1}
+    by=None, # slide of each patch (N,); see `stats.interval`, which gives no band below 6 slides
+    ylabel:str='score',
+    xlabel:str='share of the pixels',
+    grey:tuple=() # beginnings of the names of controls: grey and dashed
+): # a matplotlib Figure
+    "Means of curves with bands of 95 % intervals, point by point; a panel for each heading, on one vertical scale."
+    fig = _figure((4.6*len(panels), 4 + .27*max(map(len, panels.values()))), layout='constrained')
+    for ax, (title, curves) in zip(fig.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
+        for k, (name, values) in enumerate(curves.items()):
+            line = dict(color='.45', ls='--') if name.startswith(tuple(grey)) else _line(k)
+            mean, low, high = np.array([interval(v, by)[:3] for v in _numpy(values).T]).T
+            share = np.linspace(0, 1, len(mean))
+            ax.plot(share, mean, **line, label=name)
+            ax.fill_between(share, low, high, color=line['color'], alpha=.15, lw=0)
+        ax.set(title=title, xlabel=xlabel, xlim=(-.02, 1.02))
+        ax.legend(loc='upper center', bbox_to_anchor=(.5, -.16))
+    fig.axes[0].set_ylabel(ylabel)
+    return fig

@@ -54,6 +54,7 @@ assert torch.cuda.is_fake and x.is_cuda and model.device.type == 'cuda'
 kinds = [f'{m}_small_cnn_{k}' for m in arms.METHODS for k in ('ours', 'bare', 'library', 'best')]
 kinds += ['cam_small_cnn_ours', 'cam_small_cnn_batch', 'step_small_cnn_default']
 kinds += ['train_small_cnn', 'train_small_cnn_bare']
+kinds += ['curves_small_cnn_ours', 'curves_small_cnn_loop', 'curves_small_cnn_bare', 'flips_small_cnn_ours']
 for a in kinds:
     if a in arms.ARMS: assert 0 < arms.ARMS[a]() < 1e3, a
 ''', env=FAKE)

@@ -11,7 +11,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).resolve().parent.parent
-LABS = '00', '02', '03', '04', '05', '06', '07'   # the numbers of the graded labs; 01, 08 and others are electives
+LABS = '00', '02', '03', '04', '05', '06', '07', '09'   # the numbers of the graded labs; 01, 08 and others are electives
 EXERCISE, CHECK = re.compile(r'#\| exercise: *([\w-]+)'), re.compile(r'#\| check: *([\w-]+), *points=(\d+)')
 ANSWER = re.compile(r'<!-- *answer: *([\w-]+), *points=(\d+)')
 SOLUTION = re.compile(r'^[ \t]*### BEGIN SOLUTION.*?^[ \t]*### END SOLUTION[^\n]*\n?', re.M | re.S)
