@@ -39,16 +39,15 @@ TINY = dict(integrated_gradients=dict(n_steps=2), smoothgrad=dict(n_samples=2, n
 def sizes(device, quick=False):
     "How much work there is: enough for a clock, and on a GPU enough to fill it; with `quick`, hardly any."
     s = dict(rows=20_000, batch=64, steps=1, epochs=6, patches=32, images=2, fewer=dict(rise=1, lime=1),
-             batches=(8, 16, 32, 64), of_peers=32, bare=200, repeats=1, width=1., draws=10, options=OPTIONS)
-             batches=(8, 16, 32, 64), of_peers=32, bare=200, repeats=1, width=1., options=OPTIONS, curve=50, flips=48)
+             batches=(8, 16, 32, 64), of_peers=32, bare=200, repeats=1, width=1., options=OPTIONS, curve=50, flips=48,
+             draws=10)
     if device == 'mps': s |= dict(patches=64, images=4, batches=(32, 64, 128, 256))
     if device == 'cuda':
         s |= dict(steps=50, patches=256, images=16, fewer=dict(lime=8), batches=(32, 64, 128, 256, 512, 1024),
                   bare=4_096, repeats=3)
     if quick:
         s |= dict(rows=200, batch=8, steps=2, epochs=2, patches=4, images=2, fewer={}, batches=(4, 8), of_peers=4,
-                  bare=8, repeats=1, width=.1, draws=2, options=TINY)
-                  bare=8, repeats=1, width=.1, options=TINY, curve=3, flips=3)
+                  bare=8, repeats=1, width=.1, options=TINY, curve=3, flips=3, draws=2)
     return SimpleNamespace(device=torch.device(device), quick=quick, **s)
 
 
@@ -413,6 +412,8 @@ for name in NETWORKS:
     ARMS.update({f'sensitivity_{name}_ours': partial(_sensitivity_ours, name),
                  f'sensitivity_{name}_library': partial(_sensitivity_captum, name),
                  f'sensitivity_{name}_same': lambda name=name: _sensitivity_captum(name, S.patches)})
+
+
 # ROAD of nine shares, most and least relevant first: half of the maps smooth, half independent numbers
 
 def _road_scene():
@@ -454,6 +455,8 @@ def road_course_bare():
     def work(batch):
         with torch.no_grad(): return [model(part) for part in x.split(batch)]
     return min(seconds(partial(work, b), S.repeats) for b in S.batches)
+
+
 # Insertion and deletion of the same maps, hidden pixels white; Quantus has deletion alone, in steps that divide the image
 
 def _curve_scene(name, layout=torch.channels_last):

@@ -101,12 +101,16 @@ def sensitivity_cases(device):
     return [Case(f'Max-Sensitivity of {s.draws} draws, fp32', f'{m}, gradient, {s.patches} patches', f'sensitivity_{m}_ours',
                  f'captum, {peer}', f'sensitivity_{m}_{theirs}', 1) for m in NETWORKS
             for peer, theirs in (('defaults', 'library'), (f'batches of {s.patches}', 'same'))]
+
+
 def removal_cases(device):
     s = sizes(device)
     n = 4*s.images if device != 'cpu' else 4
     work, ours = f'small_cnn of the course, {n} patches', 'road_course_ours'
     return [Case('ROAD of 9 shares, fp32', work, ours, 'grad-cam, ROADCombined', 'road_course_library', 5),
             Case('ROAD of 9 shares, fp32', work, ours, 'bare passes, best batch', 'road_course_bare', None)]
+
+
 def curve_cases(device):
     s, quantus = sizes(device), 'Quantus, PixelFlipping'
     return [Case(f'{name}, fp32', f'{model}, {s.images} patches, {steps} steps', f'{arms}_{model}_ours', peer,
@@ -120,9 +124,8 @@ def curve_cases(device):
 def cases(device):
     "Everything that is measured on a device."
     data, train = (data_cases(), []) if device == 'cpu' else ([], train_cases())
-    return data + train + step_cases(device) + cam_cases(device) + method_cases(device) + sensitivity_cases(device)
-    return data + train + step_cases(device) + cam_cases(device) + method_cases(device) + removal_cases(device)
-    return data + train + step_cases(device) + cam_cases(device) + method_cases(device) + curve_cases(device)
+    metrics = curve_cases(device) + removal_cases(device) + sensitivity_cases(device)
+    return data + train + step_cases(device) + cam_cases(device) + method_cases(device) + metrics
 
 
 def measure(checkout, arm, options):
