@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats as _scipy
 from scipy.special import expit as _expit, logit as _logit
-from statsmodels.stats.multitest import multipletests
 
 # %% ../nbs/foundation/04_stats.ipynb #1e91c1ee
 class Interval(NamedTuple):
@@ -370,13 +369,15 @@ def wilcoxon_test(
 def holm(
     p # p-values: array, list, dict or Series; nan stays nan
 ): # adjusted, in the same form
-    "Holm's step-down adjustment within one table (`statsmodels`)."
+    "Holm's step-down adjustment within one table (Holm 1979)."
     if isinstance(p, dict): return dict(zip(p, holm(list(p.values()))))
     if isinstance(p, pd.Series): return pd.Series(holm(p.to_numpy()), p.index, name=p.name)
     p = np.asarray(p, dtype=float)
     out, ok = np.full(p.shape, np.nan), ~np.isnan(p)
     if not ((p[ok] >= 0) & (p[ok] <= 1)).all(): raise ValueError(f'p holds {p}: expected p-values in [0, 1]')
-    if ok.any(): out[ok] = multipletests(p[ok], method='holm')[1]
+    order = p[ok].argsort()   # statsmodels' gives the same, and collects garbage first: half a second
+    stepped = np.maximum.accumulate((len(order) - np.arange(len(order)))*p[ok][order]).clip(max=1)
+    out.flat[np.flatnonzero(ok)[order]] = stepped
     return out
 
 # %% ../nbs/foundation/04_stats.ipynb #a34557bf
