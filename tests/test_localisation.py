@@ -43,7 +43,7 @@ def model(): return build('small_cnn', width=.1)
 def told(f, maps, masks, **options):
     "Values and details without any question to a network."
     from pcam_tp.questions import Question
-    net = Classifier(nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), mean=(0, 0, 0), std=(1, 1, 1))
+    net = Classifier(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))
     q = Question(net, torch.zeros(len(maps), 3, *maps.shape[1:], device=net.device), 0)
     q.model = Classifier(Nothing())
     return f.on(q, maps.to(q.device), masks.to(q.device), **options)
@@ -120,7 +120,7 @@ def test_what_cannot_be_judged(name):
     masks[1], masks[2] = False, True
     values = told(LOCALISATION[name], maps, masks)[0]
     assert values[1:3].isnan().all()
-    close(values[[0, 3]], alone[[0, 3]], 1e-7)
+    close(values[[0, 3]], alone[[0, 3]], 1e-6)
 
 
 @pytest.mark.parametrize('name', LOCALISATION)
@@ -148,9 +148,9 @@ def test_one_image_does_not_change_another(model, name):
     before, mode = [v.clone() for v in (x, maps, masks)], model.train().training
     f = LOCALISATION[name]
     whole = f(model, x, maps, 1, masks=masks)
-    close(f(model, x, maps, 1, masks=masks, batch_size=2), whole, 1e-7)
-    close(f(model, x.flip(0), maps.flip(0), 1, masks=masks.flip(0)).flip(0), whole, 1e-7)
-    close(f(model, x, maps.cpu(), 1, masks=masks.cpu()), whole, 1e-7)
+    close(f(model, x, maps, 1, masks=masks, batch_size=2), whole, 1e-6)
+    close(f(model, x.flip(0), maps.flip(0), 1, masks=masks.flip(0)).flip(0), whole, 1e-6)
+    close(f(model, x, maps.cpu(), 1, masks=masks.cpu()), whole, 1e-6)
     assert all(torch.equal(a, b) for a, b in zip(before, (x, maps, masks))) and model.training == mode
     assert all(p.grad is None for p in model.parameters())
 
