@@ -255,7 +255,7 @@ def leaderboard(
     metrics=None, # see `choose_metrics`
     *, masks=None, # true regions (N, H, W) bool
     by=None, # slide of each image (N,)
-    controls=CONTROL_KINDS, # rows beside each method; `random`, `centre` and `edges` are always there
+    controls=CONTROL_KINDS, # rows beside each method; `random` is always one, `centre` and `edges` are in the table
     **options # `target` (predicted class if None), `seed`, `keep` (folder of what was measured; False: none),
               # `score`, `baseline`, `precision`, `batch_size` of `Question`
 ) -> pd.DataFrame: # tidy: a row per group, metric, method and control; see above
@@ -308,12 +308,18 @@ def deciding(self:_Bench, m, rows):
     one_for_all = m.needs == 'masks' and bool((self.masks[rows] == self.masks[rows][:1]).all())
     return [c for c in DECIDE if not (c == 'other' and one_for_all)]
 
+def _beside_random(part):
+    "Every method beside random numbers, as if these were a control of its own."
+    methods = [k for k in part if ', ' not in k and k not in CONTROLS]
+    return {f'{k}, random': part['random'] for k in methods}
+
 def _all_rows(bench, values, fixed, groups, by):
     "The rows of each metric in each group."
     parts = []
     for group, rows in groups.items():
         for name, m in bench.metrics.items():
             part = {k: v[rows].astype(float) for k, v in values[name].items()}
+            if m.needs != 'remake': part |= _beside_random(part)   # random numbers are the same beside any image
             by_slide, decide = None if by is None else by[rows], bench.deciding(m, rows)
             found = _metric_rows(part, m, fixed, by_slide, bench.seed, decide)
             parts.append(_with_facts(found, group, name, m, bench, by))
@@ -365,7 +371,7 @@ def _draw_panel(ax, t, methods):
         ax.plot(c['mean'], c.method.map(at), mark, color='.6', ms=7, mew=1.8, mfc='none' if mark == 's' else '.6',
                 label=label)
     for better, row in zip(t.better, t.itertuples()):
-        if row.control in _MARKS: continue
+        if row.control in _MARKS or row.control == 'random' != row.method: continue   # drawn once, in its own row
         colour, full = ('.6', True) if row.control != 'none' else ('black', better)
         bars = None if np.isnan(row.lo) else [[row.mean - row.lo], [row.hi - row.mean]]
         ax.errorbar(row.mean, at[row.method], xerr=bars, fmt='o', color=colour, mfc=colour if full else 'white', ms=7,
@@ -405,7 +411,7 @@ def board_summary(
     group:str='all'
 ) -> pd.DataFrame: # a row per method and control that stands alone, a column per metric
     "A cell holds mean, interval and rank; * = better than each control that decides. Sorted by mean rank."
-    t = table[(table.group == group) & ~table.control.isin(CONTROL_KINDS)]
+    t = table[(table.group == group) & ((table.control == 'none') | (table.control == table.method))]
     def cell(r):
         bounds = '' if np.isnan(r.lo) else f' [{r.lo:.3f}, {r.hi:.3f}]'
         return f'{r.mean:.3f}{bounds}' + ('' if np.isnan(r.rank) else f' #{r.rank:.0f}') + '*'*bool(r.better)

@@ -115,6 +115,16 @@ def test_numbers_are_those_of_the_metric(model):
     np.testing.assert_allclose([row.difference, row.difference_lo, row.difference_hi, row.p], t[:4], rtol=1e-4)
 
 
+def test_every_method_stands_beside_random_numbers(model):
+    "Is it better than a random map? Difference, interval and p in one row; no row where standing still would win."
+    table = made(model, metrics=PANEL | dict(moves=moves))
+    row = table[(table.group == 'all') & (table.metric == 'deletion') & (table.method == 'truth') & (table.control == 'random')]
+    of = lambda e: PANEL['deletion'](model, X, e, 1, baseline='black').double().numpy()
+    t = paired_test(of(CONTROLS['random']), of(truth))   # random − method: lower is better
+    np.testing.assert_allclose(row[['difference', 'difference_lo', 'difference_hi', 'p']].iloc[0].astype(float), t[:4], rtol=1e-3)
+    assert row.better.item() and not len(table[(table.metric == 'moves') & (table.control == 'random') & (table.method == 'truth')])
+
+
 @pytest.mark.parametrize('ties, better', [((), True), (('shifted',), True), (('other',), False), (('untrained',), False)])
 @pytest.mark.parametrize('m, sign', [(PANEL['insertion'], 1), (PANEL['deletion'], -1)], ids=['higher', 'lower'])
 def test_better_than_those_that_decide(ties, better, m, sign):
@@ -137,7 +147,7 @@ def test_holm_in_each_metric_and_group(model):
     table = made(model, y=np.arange(N) % 2)
     for _, t in table.groupby(['group', 'metric']):
         np.testing.assert_allclose(t.p_holm, holm(t.p))
-        assert t.p.notna().sum() == 2*len(CONTROL_KINDS)
+        assert t.p.notna().sum() == 2*len([*CONTROL_KINDS, 'random'])
 
 
 def test_controls_and_constant_maps_have_no_rank(model):
