@@ -313,6 +313,7 @@ def _beside_random(part):
     methods = [k for k in part if ', ' not in k and k not in CONTROLS]
     return {f'{k}, random': part['random'] for k in methods}
 
+# %% ../nbs/13_leaderboard.ipynb #9fbceed9
 def _all_rows(bench, values, fixed, groups, by):
     "The rows of each metric in each group."
     parts = []
