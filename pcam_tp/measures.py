@@ -147,10 +147,11 @@ def on(self:_Metric, q, maps, extra=None, details=False, score=None, **options):
 # %% ../nbs/foundation/15_measures.ipynb #339a8db1
 def _asking(q, score, baseline):
     "The same question about another score, with another baseline; one for all that ask so, with what it has kept."
-    key = 'asked', score, id(baseline) if torch.is_tensor(baseline) else repr(baseline)
+    key = 'asked', score, baseline if isinstance(baseline, str) else id(baseline)   # kept with it: the id stays its own
     if key not in q._kept:
         q._kept[key] = asked = copy(q)
         asked.score, asked.hides, asked._kept = score, baseline, {}
+    q._kept[key].bar = q.bar
     return q._kept[key]
 
 @patch
