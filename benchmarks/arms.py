@@ -500,7 +500,7 @@ def _flips_ours(name):
 def _flips_quantus(name):
     "Quantus' PixelFlipping at its defaults; its steps count values of channels."
     if not hasattr(np, 'trapz'): np.trapz = np.trapezoid   # gone in NumPy 2.4, and Quantus 0.6 looks for it
-    from quantus import PixelFlipping
+    PixelFlipping = import_module('quantus').PixelFlipping   # no requirement: bench.py leaves its rows out without it
     model, x, maps = _curve_scene(name, torch.contiguous_format)
     flip = PixelFlipping(features_in_step=3*96*96//S.flips, perturb_baseline='white', disable_warnings=True)
     given = dict(x_batch=x.cpu().numpy(), y_batch=np.ones(len(x), int), a_batch=maps[:, None].cpu().numpy())
