@@ -464,11 +464,12 @@ def _curve_scene(name, layout=torch.channels_last):
     return model, x, torch.rand(len(x), 96, 96, device=S.device)
 
 
-def _curves_ours(name):
-    from pcam_tp.faithfulness import srg
+def _curve_ours(metric, steps, name):
+    "A metric of ours, and the name of its number of steps."
+    measure = getattr(import_module('pcam_tp.faithfulness'), metric)
     setup()
     model, x, maps = _curve_scene(name)
-    return seconds(lambda: srg(model, x, maps, 1, steps=S.curve), S.repeats)
+    return seconds(lambda: measure(model, x, maps, 1, steps=getattr(S, steps)), S.repeats)
 
 
 def _curves_loop(name):
@@ -490,13 +491,6 @@ def _curves_bare(name):
     return _passes_alone(model, x, 2*len(x)*(S.curve + 1), False)
 
 
-def _flips_ours(name):
-    from pcam_tp.faithfulness import deletion
-    setup()
-    model, x, maps = _curve_scene(name)
-    return seconds(lambda: deletion(model, x, maps, 1, steps=S.flips), S.repeats)
-
-
 def _flips_quantus(name):
     "Quantus' PixelFlipping at its defaults; its steps count values of channels."
     if not hasattr(np, 'trapz'): np.trapz = np.trapezoid   # gone in NumPy 2.4, and Quantus 0.6 looks for it
@@ -508,7 +502,7 @@ def _flips_quantus(name):
 
 
 for name in NETWORKS:
-    for k, f in dict(curves_ours=_curves_ours, curves_loop=_curves_loop, curves_bare=_curves_bare, flips_ours=_flips_ours,
+    for k, f in dict(curves_ours=partial(_curve_ours, 'srg', 'curve'), curves_loop=_curves_loop, curves_bare=_curves_bare, flips_ours=partial(_curve_ours, 'deletion', 'flips'),
                      flips_quantus=_flips_quantus).items():
         kind, _, who = k.partition('_')
         ARMS[f'{kind}_{name}_{who}'] = partial(f, name)

@@ -457,7 +457,7 @@ def metric_agreement(
     return out.assign(p_holm=holm(out.p))
 
 def _tau(a, b):
-    "τ and the p of all orders of the methods; of 9,999 drawn ones where methods share a rank."
+    "τ and the p of all orders of the methods; of 999 drawn ones where methods share a rank."
     if len(a) < 3 or min(np.ptp(a), np.ptp(b)) == 0: return dict(tau=np.nan, p=np.nan)
     tau = kendalltau(a, b)
     if len(set(a)) == len(set(b)) == len(a): return dict(tau=tau.statistic, p=kendalltau(a, b, method='exact').pvalue)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from .classifier import SCORES, Classifier, predict
 from .core import progress
-from .questions import answers, questions, replaced
+from .questions import _known, answers, questions, replaced
 
 # %% ../nbs/foundation/15_measures.ipynb #db71676b
 def _descending(values, seed):
@@ -164,10 +164,6 @@ def using(self:_Metric, **options):
 def passes(self:_Metric, shape=(96, 96), **options):
     "Images through the network for each image and map."
     return self.count(**self.usual | options | dict(shape=shape))
-
-def _known(name, options, possible):
-    unknown = [o for o in options if o not in possible]
-    if unknown: raise ValueError(f'{name} has no option {", ".join(unknown)}: it takes {", ".join(possible)}')
 
 # %% ../nbs/foundation/15_measures.ipynb #f5882c54
 def remaker(
