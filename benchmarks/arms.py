@@ -502,8 +502,9 @@ def _flips_quantus(name):
 
 
 for name in NETWORKS:
-    for k, f in dict(curves_ours=partial(_curve_ours, 'srg', 'curve'), curves_loop=_curves_loop, curves_bare=_curves_bare, flips_ours=partial(_curve_ours, 'deletion', 'flips'),
-                     flips_quantus=_flips_quantus).items():
+    arms = dict(curves_ours=partial(_curve_ours, 'srg', 'curve'), curves_loop=_curves_loop, curves_bare=_curves_bare,
+                flips_ours=partial(_curve_ours, 'deletion', 'flips'), flips_quantus=_flips_quantus)
+    for k, f in arms.items():
         kind, _, who = k.partition('_')
         ARMS[f'{kind}_{name}_{who}'] = partial(f, name)
 

@@ -119,8 +119,9 @@ def imputed(
 
 # %% ../nbs/09b_removal.ipynb #9d4d2909
 def _dice(q):
-    "A generator for each image, the same whatever the batch."
-    return [torch.Generator().manual_seed(1_000_003*q.seed + row) for row in range(q.rows.start, q.rows.stop)]
+    "A generator for each image, the same whatever the batch; its numbers are not those of the random map."
+    own = lambda row: int(np.random.SeedSequence([q.seed, row, 0x72656d76]).generate_state(1)[0])
+    return [torch.Generator().manual_seed(own(row)) for row in range(q.rows.start, q.rows.stop)]
 
 def _shares(shares):
     if not len(shares) or not all(0 < s < 1 for s in shares):
