@@ -26,7 +26,7 @@ def random_map(q):
     "Control: independent uniform numbers, another set for each image, the same for any model and any batch size."
     dice = lambda row: torch.Generator().manual_seed(1_000_003*q.seed + row)
     numbers = lambda row: torch.rand(q.x.shape[2:], generator=dice(row), dtype=torch.float32)
-    return torch.stack([numbers(row) for row in range(q.rows.start, q.rows.stop)]).to(q.device)
+    return torch.stack([numbers(row) for row in q.row_numbers]).to(q.device)
 
 @explainer(signed=False, source='control', passes=0, backward=False)
 def centre_map(q):

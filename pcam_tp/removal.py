@@ -118,11 +118,6 @@ def imputed(
     return out if noise is None else torch.addcmul(out, noise, hidden.transpose(0, 1))
 
 # %% ../nbs/09b_removal.ipynb #9d4d2909
-def _dice(q):
-    "A generator for each image, the same whatever the batch; its numbers are not those of the random map."
-    own = lambda row: int(np.random.SeedSequence([q.seed, row, 0x72656d76]).generate_state(1)[0])
-    return [torch.Generator().manual_seed(own(row)) for row in range(q.rows.start, q.rows.stop)]
-
 def _shares(shares):
     if not len(shares) or not all(0 < s < 1 for s in shares):
         raise ValueError(f'shares is {shares}: expected shares of the units between 0 and 1')
@@ -142,7 +137,7 @@ def road(q, maps,
     place, count = unit_places(maps, unit, q.seed)
     last = count.cpu()[:, None] - 1
     cut = (_shares(shares)*(last + 1) + .5).long().clamp(min=1).minimum(last).to(q.device)
-    static = torch.stack([torch.randn(q.x.shape[1:], generator=g) for g in _dice(q)]).to(q.device)*noise
+    static = torch.stack([torch.randn(q.x.shape[1:], generator=g) for g in q.dice('remv')]).to(q.device)*noise
     def make(i, j):
         first = cut[i, j % len(shares)][:, None, None]
         most = (j < len(shares))[:, None, None]
@@ -253,7 +248,7 @@ def _squares(q, k):
     def draw(g):
         side = torch.randint(small, large + 1, (k,), generator=g)
         return torch.stack([side, *((torch.rand(k, generator=g)*(s - side + 1)).long() for s in (h, w))])
-    side, top, left = torch.stack([draw(g) for g in _dice(q)], 1).to(q.device)
+    side, top, left = torch.stack([draw(g) for g in q.dice('remv')], 1).to(q.device)
     def line(first, size, n):
         at = torch.arange(n, device=q.device)
         return (at >= first[:, None]) & (at < (first + size)[:, None])
@@ -265,7 +260,7 @@ def _subsets(q, k, cells=12):
     h, w = q.x.shape[2:]
     r, c = (torch.arange(s, device=q.device)*cells//s for s in (h, w))
     draw = lambda g: torch.rand(k, cells**2, generator=g) < torch.rand(k, 1, generator=g)
-    gone = torch.stack([draw(g) for g in _dice(q)]).to(q.device)
+    gone = torch.stack([draw(g) for g in q.dice('remv')]).to(q.device)
     return lambda i, j: gone[i, j][:, r[:, None]*cells + c]
 
 PIECES = dict(squares=_squares, subsets=_subsets)

@@ -9,6 +9,7 @@ __all__ = ['HAAS_CONTROLS', 'linf_noise', 'max_sensitivity', 'unit_maps', 'highl
 # %% ../nbs/09c_robustness.ipynb #69c3f82b
 import hashlib
 from dataclasses import replace
+from itertools import islice
 
 import h5py
 import numpy as np
@@ -24,24 +25,19 @@ from .controls import other, random_map
 from .core import fingerprint, home, make_once, sizes
 from .data import Batches, Split, split_id
 from .measures import metric, unit_places
-from .questions import autocast
+from .questions import autocast, row_dice
 from .recipe import trained
 from .stats import Interval, auc_interval, holm, interval, macro_auc, paired_test, roc_auc
 from .training import evaluate, probabilities
 
 # %% ../nbs/09c_robustness.ipynb #7b28fad9
-def _dice(seed, row):
-    "A generator for one image: it hangs on the seed and on the image's row, not on its batch."
-    own = np.random.SeedSequence([seed, row, 0x6d617873]).generate_state(1)[0]
-    return torch.Generator().manual_seed(int(own))
-
 def linf_noise(
     q, # a `Question`
     radius:float=.05, # in pixel values of [0, 1]
     draws:int=10
 ): # yields noise (n, 3, H, W) on the question's device, draw after draw
     "Uniform in the L∞ ball; of each image its own. Another radius stretches the same draws."
-    dice = [_dice(q.seed, row) for row in range(q.rows.start, q.rows.stop)]
+    dice = q.dice('maxs')
     for _ in range(draws):
         u = torch.stack([torch.rand(q.x.shape[1:], generator=g, dtype=torch.float32) for g in dice])
         yield radius*(2*u.to(q.device) - 1)
@@ -58,8 +54,12 @@ def max_sensitivity(q, maps, remake,
     0 for a map that does not depend on the image; NaN for an all-zero map, unless it is not normalised.
     `passes` counts explanations. `details`: 'changes' (N, draws) in units of the map, 'norm' (N,) of the map."""
     if not radius > 0 or draws < 1: raise ValueError(f'radius {radius}, draws {draws}: expected both above 0')
-    change = lambda noise: (remake(q.x + noise) - maps).flatten(1).norm(dim=1)
-    changes = torch.stack([change(noise) for noise in linf_noise(q, radius, draws)], 1)
+    drawn, together = linf_noise(q, radius, draws), max(1, q.batch_size//max(1, len(q.x)))
+    def change(noises):   # several draws are explained at once, as many as fill a batch
+        again = remake(torch.cat([q.x + noise for noise in noises])).unflatten(0, (len(noises), -1))
+        return (again - maps).flatten(2).norm(dim=2)
+    sets = iter(lambda: [*islice(drawn, together)], [])
+    changes = torch.cat([change(noises) for noises in sets]).T
     value, norm = changes.amax(1), maps.flatten(1).norm(dim=1)
     if normalise: value = (value/norm).where(norm > 0, torch.nan)
     return (value, dict(changes=changes, norm=norm)) if details else value
@@ -143,7 +143,7 @@ def haas_controls(
     seed:int=0
 ) -> dict: # name → (N, H, W)
     "What HAAS owes to contrast, to the values of the map and to what all maps share: see `HAAS_CONTROLS`."
-    mixed = torch.stack([m.flatten()[torch.randperm(m.numel(), generator=_dice(seed, i)).to(m.device)].view_as(m)
+    mixed = torch.stack([m.flatten()[torch.randperm(m.numel(), generator=row_dice(seed, i, 'maxs')).to(m.device)].view_as(m)
                          for i, m in enumerate(a)])
     return dict(zip(HAAS_CONTROLS, (a.mean((1, 2), keepdim=True).expand_as(a), mixed, other(a, seed))))
 
