@@ -20,14 +20,19 @@ from .core import progress
 from .questions import _known, answers, questions, replaced
 
 # %% ../nbs/foundation/15_measures.ipynb #db71676b
+def _drawn(row, seed):
+    "A random order of the entries of an array that hangs on them and the seed alone, not on batch or device."
+    digest = hashlib.blake2b(row.tobytes(), key=str(seed).encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, 'big')).permutation(len(row))
+
 def _descending(values, seed):
     "Columns of each row from the largest value to the smallest; among equal ones a draw decides."
     ranked, order = values.sort(1, descending=True)
-    for i in (ranked[:, 1:] == ranked[:, :-1]).any(1).nonzero()[:, 0].tolist():
-        row = (values[i] + 0.).cpu()   # −0 becomes 0: equal maps, equal bytes
-        digest = hashlib.blake2b(row.numpy().tobytes(), key=str(seed).encode(), digest_size=16).digest()
-        drawn = torch.from_numpy(np.random.default_rng(int.from_bytes(digest, 'big')).permutation(len(row)))
-        order[i] = drawn[row[drawn].argsort(descending=True, stable=True)].to(order.device)
+    tied = (ranked[:, 1:] == ranked[:, :-1]).any(1).nonzero()[:, 0]
+    if len(tied):
+        rows = values[tied] + 0.   # −0 becomes 0: equal maps, equal bytes
+        drawn = torch.from_numpy(np.stack([_drawn(row, seed) for row in rows.cpu().numpy()])).to(order.device)
+        order[tied] = drawn.gather(1, rows.gather(1, drawn).argsort(dim=1, descending=True, stable=True))
     return order
 
 # %% ../nbs/foundation/15_measures.ipynb #c18a634c
