@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FITS', 'IMAGES', 'CARD', 'read_image', 'Item', 'split_groups', 'Import', 'read_import', 'import_folder',
-           'import_table', 'import_parquet']
+           'import_table', 'import_parquet', 'import_any']
 
-# %% ../nbs/foundation/16_folders.ipynb #356f20fe
+# %% ../nbs/foundation/16_folders.ipynb #dab95bc4
 import csv, hashlib, io, itertools, json, os, re, shutil
 from array import array
 from collections import Counter, deque
@@ -30,7 +30,7 @@ from .core import atomic, fingerprint, make_once, progress
 from .data import to_float
 from .release import CLASSES, CLASSES_FILE, SIDE, SPLITS, raw_file
 
-# %% ../nbs/foundation/16_folders.ipynb #cd04bd43
+# %% ../nbs/foundation/16_folders.ipynb #f49a39a2
 def _to_bytes(a):
     "Grey values of 16 bits, or floats in [0, 1], as bytes."
     low, high = float(a.min()), float(a.max())
@@ -39,7 +39,7 @@ def _to_bytes(a):
     expected = 'floats in [0, 1]' if a.dtype.kind == 'f' else 'integers from 0 to 65,535'
     raise ValueError(f'values from {low:.6g} to {high:.6g} ({a.dtype}): expected bytes, or {expected}; convert it first')
 
-# %% ../nbs/foundation/16_folders.ipynb #eee0edf8
+# %% ../nbs/foundation/16_folders.ipynb #e6acb48b
 def _rgb(im):
     "A PIL image as RGB bytes, and notes on what was done to it."
     notes, pages = [], getattr(im, 'n_frames', 1)
@@ -57,7 +57,7 @@ def _rgb(im):
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
     return im.convert('RGB'), notes
 
-# %% ../nbs/foundation/16_folders.ipynb #9c9f1b60
+# %% ../nbs/foundation/16_folders.ipynb #52a93e45
 def _decoded(data):
     "RGB image and notes of a path, a file or bytes. Raises `ValueError` with the reason."
     try:
@@ -67,7 +67,7 @@ def _decoded(data):
         reason = str(e).split(' <_io')[0].replace(f" '{data}'", '') if not isinstance(data, bytes) else 'from bytes'
         raise ValueError(f'not a readable image ({type(e).__name__}: {reason})') from e
 
-# %% ../nbs/foundation/16_folders.ipynb #180bcf43
+# %% ../nbs/foundation/16_folders.ipynb #4ead4285
 FITS = 'crop', 'pad'
 def _edge_colour(im):
     a = np.asarray(im)
@@ -79,7 +79,7 @@ def _square(im, size, fit):
     if fit == 'crop': return ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
     return ImageOps.pad(im, (size, size), Image.Resampling.BICUBIC, color=_edge_colour(im))
 
-# %% ../nbs/foundation/16_folders.ipynb #0f2fb830
+# %% ../nbs/foundation/16_folders.ipynb #f33a436c
 def _as_pil(a):
     "An array of an image as a PIL image; channels may be first."
     a = np.asarray(a)
@@ -90,7 +90,7 @@ def _as_pil(a):
         raise ValueError(f'image is an array {a.shape}: expected (H, W), (H, W, 3), (H, W, 4) or (3, H, W), one image')
     return Image.fromarray(np.ascontiguousarray(a if a.dtype == np.uint8 else _to_bytes(a)))
 
-# %% ../nbs/foundation/16_folders.ipynb #29630a4b
+# %% ../nbs/foundation/16_folders.ipynb #509780a2
 def _any_image(image):
     if isinstance(image, Image.Image): return _rgb(image)[0]
     if torch.is_tensor(image): image = image.detach().cpu().numpy()
@@ -114,12 +114,12 @@ def read_image(
     im = _any_image(image)
     return to_float(np.asarray(im if size is None else _square(im, size, fit))[None], device)
 
-# %% ../nbs/foundation/16_folders.ipynb #4c37e840
+# %% ../nbs/foundation/16_folders.ipynb #29fb34f4
 def _check_size(size, fit):
     if fit not in FITS: raise ValueError(f'fit is {fit!r}: expected one of {", ".join(map(repr, FITS))}')
     if not 1 <= size <= 4096: raise ValueError(f'size is {size}: expected pixels along a side, 1 to 4,096')
 
-# %% ../nbs/foundation/16_folders.ipynb #9432a862
+# %% ../nbs/foundation/16_folders.ipynb #14ce6797
 class Item(NamedTuple):
     "One image of a source, before it is read."
     name: str # unique, e.g. the path below the source
@@ -133,7 +133,7 @@ IMAGES = '.bmp .png .jpg .jpeg .tif .tiff .webp .gif .ppm .pgm'.split()
 _SPLIT_WORDS = dict(train='train', training='train', valid='valid', val='valid', validation='valid', dev='valid',
                     test='test', testing='test')
 
-# %% ../nbs/foundation/16_folders.ipynb #1626cb98
+# %% ../nbs/foundation/16_folders.ipynb #ac42c29b
 def _hidden(name): return name.startswith('.') or name == '__MACOSX'
 
 def _files(root, below=''):
@@ -146,14 +146,14 @@ def _files(root, below=''):
 
 def _folders(root): return sorted(e.name for e in os.scandir(root) if e.is_dir() and not _hidden(e.name))
 
-# %% ../nbs/foundation/16_folders.ipynb #0ef02b88
+# %% ../nbs/foundation/16_folders.ipynb #a719815b
 def _unusable(name, only):
     "Why a file is no image of a data set, or ''."
     if any(map(_hidden, name.split('/'))): return 'hidden'
     if (ending := Path(name).suffix.lower()) not in IMAGES: return f'not an image ({ending or "no ending"})'
     return 'not matched by `only`' if only and not re.search(only, name) else ''
 
-# %% ../nbs/foundation/16_folders.ipynb #be8ca60d
+# %% ../nbs/foundation/16_folders.ipynb #f1bc24cd
 def _grouper(pattern):
     "A function from a name to its group, '' where the pattern is not found."
     if pattern is None: return lambda name: ''
@@ -164,7 +164,7 @@ def _grouper(pattern):
                          r"e.g. r'-(?P<group>\d+-\d+)' for SOB_B_A-14-22549AB-400-007.png")
     return lambda name: found['group'] or '' if (found := p.search(name)) else ''
 
-# %% ../nbs/foundation/16_folders.ipynb #28f730b1
+# %% ../nbs/foundation/16_folders.ipynb #1bdffe9a
 class _Folder:
     "A folder of class folders as a source."
     classes, pcam, hint = None, False, "say where their names stand: group=r'…(?P<group>…)…'"
@@ -187,7 +187,7 @@ class _Folder:
     def example(self): return f'it is looked for in names such as {next(i.name for i in self.items() if not i.why)}'
     def facts(self): return ''
 
-# %% ../nbs/foundation/16_folders.ipynb #c62a9333
+# %% ../nbs/foundation/16_folders.ipynb #76c232ce
 def _stamp(item):
     if isinstance(item.data, Path) and not item.why: return item.data.stat()[6], item.data.stat().st_mtime_ns
     return len(item.data) if isinstance(item.data, bytes) else 0, item.why
@@ -207,7 +207,7 @@ def _surveyed(source, n_splits):
     _check_groups(source, groups, n_splits)
     return n, seen, h.hexdigest()[:10]
 
-# %% ../nbs/foundation/16_folders.ipynb #daf6c113
+# %% ../nbs/foundation/16_folders.ipynb #3cb29d0a
 def _check_classes(source, seen):
     "Raise `ValueError` unless there are 2 to 256 classes."
     if len(seen) > 256: raise ValueError(f'{source.root} has {len(seen)} classes: expected at most 256, one byte a label')
@@ -217,7 +217,7 @@ def _check_classes(source, seen):
     found = f'one class only ({next(iter(seen))})' if seen else 'no images in class folders'
     raise ValueError(f'{source.root} has {found}: expected at least two, as folder/class/image.png{hint}')
 
-# %% ../nbs/foundation/16_folders.ipynb #853c9305
+# %% ../nbs/foundation/16_folders.ipynb #d2950b66
 def _check_groups(source, groups, n_splits):
     "Raise `ValueError` for a pattern that is never found, and for fewer groups than splits."
     if source.group is None: return
@@ -227,13 +227,13 @@ def _check_groups(source, groups, n_splits):
         raise ValueError(f'{source.root}: {known} groups ({", ".join(sorted(groups)[:5])}) by {source.by} for '
                          f'{n_splits} splits: expected at least one group for each')
 
-# %% ../nbs/foundation/16_folders.ipynb #9339da65
+# %% ../nbs/foundation/16_folders.ipynb #12f9042c
 def _dealt(count, want, order):
-    "The part (G,) of each group, −1 for those not in `order`, one after the other where the squared miss grows least."
-    have, total = np.zeros_like(want), count.sum(0).clip(1)
+    "The part (G,) of each group, −1 for those not in `order`, one after the other where it mends most: by chi squared."
+    have, total, share = np.zeros_like(want), count.sum(0).clip(1), want.sum(1)/want.sum()
     to, weighed = np.full(len(count), -1), count/total
     for g in order:
-        p = to[g] = (2*weighed[g]*(have - want)/total + weighed[g]**2).sum(1).argmin()
+        p = to[g] = ((2*weighed[g]*(have - want)/total + weighed[g]**2).sum(1)/share).argmin()
         have[p] += count[g]
     return to, have
 
@@ -244,7 +244,7 @@ def _quotas(need, n):
     left = n - int(np.floor(share).sum())
     return np.floor(share).astype(int) + np.isin(np.arange(len(need)), np.argsort(np.floor(share) - share, kind='stable')[:left])
 
-# %% ../nbs/foundation/16_folders.ipynb #e77c6cd3
+# %% ../nbs/foundation/16_folders.ipynb #eb6dcb84
 def _with_singles(to, have, count, want, rng):
     "Deal the groups of one image, class by class, to the parts that lack them."
     to, have, single = to.copy(), have.copy(), np.flatnonzero(to < 0)
@@ -269,7 +269,7 @@ def _miss(have, want, groups_of_class):
     lost = (have == 0) & (groups_of_class >= len(want))
     return (((have - want)/total)**2).sum() + lost.sum() + 9*((have[0] == 0) & (total > 0)).sum()
 
-# %% ../nbs/foundation/16_folders.ipynb #4fc3cf75
+# %% ../nbs/foundation/16_folders.ipynb #aecd4599
 def split_groups(
     y, # classes (N,), integers from 0
     groups, # slide or patient of each image (N,), integers or texts
@@ -296,7 +296,7 @@ def _best_deal(count, want, rng):
         if best is None or _miss(have, want, per_class) < best[0]: best = _miss(have, want, per_class), to
     return _filled(best[1], count, len(want))
 
-# %% ../nbs/foundation/16_folders.ipynb #ea0ca04f
+# %% ../nbs/foundation/16_folders.ipynb #832cca47
 def _joined_groups(groups, digests):
     "Groups (N,) as integers, those that share a digest made one."
     g, d = (np.unique(a, return_inverse=True)[1] for a in (groups, digests))
@@ -304,7 +304,7 @@ def _joined_groups(groups, digests):
     links = coo_array((np.ones(len(g), bool), (g, n + d)), shape=(n + d.max() + 1,)*2)
     return connected_components(links, directed=False)[1][:n][g]
 
-# %% ../nbs/foundation/16_folders.ipynb #2670e2fd
+# %% ../nbs/foundation/16_folders.ipynb #304c8c90
 def _prepared(item, size, fit):
     "The bytes of an image and its line in the journal; no bytes for a skipped one."
     line = item._asdict() | dict(data=None)
@@ -328,7 +328,7 @@ def _in_order(f, items, ahead=64):
             if len(coming) > ahead: yield coming.popleft().result()
         while coming: yield coming.popleft().result()
 
-# %% ../nbs/foundation/16_folders.ipynb #defda8ad
+# %% ../nbs/foundation/16_folders.ipynb #290a0fd9
 class _Stage:
     "Decoded bytes and journal of an import that is not finished."
     def __init__(self, folder, row_bytes):
@@ -353,7 +353,7 @@ class _Stage:
         self.journal.write(json.dumps(line).encode() + b'\n'); self.journal.flush()
     def close(self): self.pixels.close(); self.journal.close()
 
-# %% ../nbs/foundation/16_folders.ipynb #28abfd84
+# %% ../nbs/foundation/16_folders.ipynb #719a911d
 def _staged(source, n, folder, size, fit):
     "All images of a source on disk, going on where the last attempt stopped."
     stage = _Stage(folder, size*size*3)
@@ -362,7 +362,7 @@ def _staged(source, n, folder, size, fit):
     for pixels, line in bar: stage.add(pixels, line)
     return stage
 
-# %% ../nbs/foundation/16_folders.ipynb #d9a2317f
+# %% ../nbs/foundation/16_folders.ipynb #805f718e
 def _ordered(names):
     "Class names in the order of their labels."
     return tuple(sorted(names, key=float if all(re.fullmatch(r'-?\d+(\.\d+)?', n) for n in names) else str))
@@ -373,7 +373,7 @@ def _names(source, seen, size):
     if shown == CLASSES and not (source.pcam and size == SIDE): shown = tuple(f'{c} image' for c in shown)
     return found, shown
 
-# %% ../nbs/foundation/16_folders.ipynb #4618cf45
+# %% ../nbs/foundation/16_folders.ipynb #705b2ada
 class _Kept(NamedTuple):
     "What is known of the kept images, one entry each."
     y: np.ndarray # label
@@ -399,7 +399,7 @@ def _kept(stage, found):
         start = end
     return _Kept(*map(np.array, columns)), facts | Counter({('lone', ''): lone}), len(groups)
 
-# %% ../nbs/foundation/16_folders.ipynb #64ac143e
+# %% ../nbs/foundation/16_folders.ipynb #da86fcb3
 def _assigned(kept, shares, seed):
     "The number of the split of each image."
     group, split = _joined_groups(kept.group, kept.digest), kept.split.copy()
@@ -415,7 +415,7 @@ def _across(split, key):
     seen[at, split] = True
     return int((seen.sum(1) > 1)[at].sum())
 
-# %% ../nbs/foundation/16_folders.ipynb #a9a0c3a8
+# %% ../nbs/foundation/16_folders.ipynb #8929a7b6
 def _write_pixels(stage, rows, size, path, attrs):
     "The staged images `rows` as an array `x` in one piece."
     with h5py.File(path, 'w') as f, progress(total=len(rows), desc=f'writing {path.name}') as bar:
@@ -439,7 +439,7 @@ def _write_table(stage, kept, rows, path, grouped, pcam):
             line |= dict(file=line['name'], wsi=line['group'] or line['name'], center_tumor_patch=int(kept.y[r]))
             out.writerow([line[c] for c in columns])
 
-# %% ../nbs/foundation/16_folders.ipynb #de49b8d3
+# %% ../nbs/foundation/16_folders.ipynb #a13057d3
 def _write_skipped(stage, path):
     with open(path, 'w', encoding='utf-8', newline='') as f:
         out = csv.writer(f)
@@ -454,7 +454,7 @@ def _write_split(stage, kept, rows, split, folder, card):
         f['y'] = kept.y[rows].astype(np.uint8).reshape(-1, 1, 1, 1)
     _write_table(stage, kept, rows, raw_file(folder, split, 'meta'), card['grouped'], card['pcam'])
 
-# %% ../nbs/foundation/16_folders.ipynb #722a05ef
+# %% ../nbs/foundation/16_folders.ipynb #9ac65f65
 def _percent(a, b): return f'{100*a/max(b, 1):.0f} %'
 
 def _counts(y, split, shown):
@@ -472,7 +472,7 @@ def _say_counts(t):
         if len(lost := t.index[t[s] == 0]): yield f'{s} has no image of {", ".join(lost)}'
     if (n := t.test.sum()) < 100: yield f'test is small: one image of {n} is {100/max(n, 1):.1f} points of accuracy'
 
-# %% ../nbs/foundation/16_folders.ipynb #c41b826c
+# %% ../nbs/foundation/16_folders.ipynb #38ee0ec9
 def _say_groups(kept, split, facts, n_groups, source):
     "Which groups are known, and what lies on two sides in spite of them."
     lone = facts['lone', '']
@@ -488,7 +488,7 @@ def _say_groups(kept, split, facts, n_groups, source):
     for key, what in ((kept.digest, 'are copies of images'), (kept.group, 'share their group with images')):
         if n := _across(split, key): yield f'{n:,} images {what} in another split: the source was cut so, and it leaks'
 
-# %% ../nbs/foundation/16_folders.ipynb #64291b46
+# %% ../nbs/foundation/16_folders.ipynb #7a1af1de
 def _say_notes(facts, n, fit):
     "What was skipped, and what was converted."
     for (kind, what), k in sorted(facts.items()):
@@ -497,7 +497,7 @@ def _say_notes(facts, n, fit):
     if fit == 'crop' and (lost := facts['lost', '']/max(n, 1)) > .005:
         yield f'the middle was cut out: {100*lost:.0f} % of the area of an image is lost on average (fit=\'pad\' keeps it)'
 
-# %% ../nbs/foundation/16_folders.ipynb #df2b7316
+# %% ../nbs/foundation/16_folders.ipynb #ceb0693c
 @dataclass(frozen=True)
 class Import:
     "What an import made: its folder, the names of the classes, images of each in each split, and what to know of them."
@@ -522,7 +522,7 @@ def read_import(
     skipped = pd.read_csv(folder/'skipped.csv', keep_default_na=False)
     return Import(folder, tuple(card['classes']), counts, skipped, tuple(card['words']), card)
 
-# %% ../nbs/foundation/16_folders.ipynb #965a95fd
+# %% ../nbs/foundation/16_folders.ipynb #947b992e
 _WAYS = dict(crop='shorter side resized (bicubic, antialiased), middle cut out',
              pad='longer side resized (bicubic, antialiased), filled up with the mean colour of the edge')
 
@@ -543,7 +543,7 @@ def _write_all(folder, stage, source, seen, settings):
     (folder/CLASSES_FILE).write_text('\n'.join(shown) + '\n', encoding='utf-8')
     (folder/CARD).write_text(json.dumps(card, indent=1), encoding='utf-8')
 
-# %% ../nbs/foundation/16_folders.ipynb #75f8a2c7
+# %% ../nbs/foundation/16_folders.ipynb #1e8b69de
 def _free(out, source, key):
     "True if `out` can be written; False if it is this very import; `ValueError` for anything else."
     if out.resolve().is_relative_to(source.root.resolve()):
@@ -565,7 +565,7 @@ def _imported(source, out, **settings):
     if _free(out, source, key): _import_to(out, source, n, seen, settings)
     return read_import(out)
 
-# %% ../nbs/foundation/16_folders.ipynb #eaa9dd74
+# %% ../nbs/foundation/16_folders.ipynb #6042a412
 def _import_to(out, source, n, seen, settings):
     "One process stages and writes; after a stop the stage is still there, after a refusal it is not."
     size, fit = settings['size'], settings['fit']
@@ -581,7 +581,7 @@ def _import_to(out, source, n, seen, settings):
         raise
     shutil.rmtree(place, ignore_errors=True)
 
-# %% ../nbs/foundation/16_folders.ipynb #65811ce1
+# %% ../nbs/foundation/16_folders.ipynb #608ff6e6
 def import_folder(
     root:Path, # holds class folders, or train, valid and test with class folders in them
     out:Path, # the folder to write; outside of `root`
@@ -596,7 +596,7 @@ def import_folder(
     see `Import`. Memory does not grow with the images; stopped, it goes on where it was; `out` is whole or absent."""
     return _imported(_Folder(root, group, only), out, size=size, fit=fit, split=split, seed=seed)
 
-# %% ../nbs/foundation/16_folders.ipynb #7fa43097
+# %% ../nbs/foundation/16_folders.ipynb #3f03cc8a
 _LAYOUTS = dict(image='image_id', label='dx', group='lesion_id'), dict(image='id', label='label')
 _ROLES = 'image', 'label', 'group', 'split'
 
@@ -613,7 +613,7 @@ def _columns(table, path, given):
     if not has(columns): raise ValueError(f'{path} has the columns {listed}: expected {", ".join(columns.values())}')
     return columns
 
-# %% ../nbs/foundation/16_folders.ipynb #bb3c97f9
+# %% ../nbs/foundation/16_folders.ipynb #1e44a22c
 class _Table:
     "Images that a table names."
     only, hint = '.', "name a column: columns=dict(…, group='patient')"
@@ -634,7 +634,7 @@ class _Table:
     def facts(self): return hashlib.sha256(self.path.read_bytes()).hexdigest()
     def example(self): return 'it is empty'
 
-# %% ../nbs/foundation/16_folders.ipynb #62c6fe57
+# %% ../nbs/foundation/16_folders.ipynb #0ec05fcb
 @patch
 def _places(self:_Table):
     "Where the image of each name without ending lies; None for a name that is there twice."
@@ -666,7 +666,7 @@ def items(self:_Table, read=True):
     for folder, name in filter(None, places.values()):
         if (folder, name) not in used: yield Item(name, folder/name, '', why='in the folder and not in the table')
 
-# %% ../nbs/foundation/16_folders.ipynb #515031d8
+# %% ../nbs/foundation/16_folders.ipynb #a58a17f8
 def import_table(
     table:Path, # CSV, one row an image
     folder, # with the images, or several folders
@@ -680,7 +680,7 @@ def import_table(
     "Images that a table names, as raw files and class names; as `import_folder` in all else."
     return _imported(_Table(table, folder, columns), out, size=size, fit=fit, split=split, seed=seed)
 
-# %% ../nbs/foundation/16_folders.ipynb #28765cb2
+# %% ../nbs/foundation/16_folders.ipynb #ea1a6e83
 def _pyarrow():
     try: import pyarrow.parquet as parquet
     except ImportError as e:
@@ -692,7 +692,7 @@ def _label_names(schema, column):
     about = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
     return about.get('info', {}).get('features', {}).get(column, {}).get('names')
 
-# %% ../nbs/foundation/16_folders.ipynb #fd03c567
+# %% ../nbs/foundation/16_folders.ipynb #77753231
 class _Parquet:
     "Rows of Parquet files with the bytes of images."
     only, pcam, hint = '.', False, "name a column: columns=dict(…, group='patient')"
@@ -714,7 +714,7 @@ class _Parquet:
     def facts(self): return repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.files])
     def example(self): return 'it is empty'
 
-# %% ../nbs/foundation/16_folders.ipynb #a34a38a4
+# %% ../nbs/foundation/16_folders.ipynb #9143006f
 @patch
 def _item(self:_Parquet, name, row, split):
     image, label = row.get(self.columns['image']), row[self.columns['label']]
@@ -733,7 +733,7 @@ def items(self:_Parquet, read=True):
         for k, row in enumerate(r for b in batches for r in b.to_pylist()):
             yield self._item(f'{file.name}/{k}', row, split)
 
-# %% ../nbs/foundation/16_folders.ipynb #408098c0
+# %% ../nbs/foundation/16_folders.ipynb #dd025207
 def import_parquet(
     paths, # a .parquet file, several, or a folder of them; names that begin with train, validation, test are splits
     out:Path, # the folder to write
@@ -745,3 +745,22 @@ def import_parquet(
 ) -> Import:
     "Rows with encoded images, as Hugging Face keeps them, as raw files and class names; as `import_folder` in all else."
     return _imported(_Parquet(paths, columns), out, size=size, fit=fit, split=split, seed=seed)
+
+# %% ../nbs/foundation/16_folders.ipynb #1b47b413
+def import_any(
+    source:Path, # a folder of class folders, of images that `table` names, or of Parquet files; or one such file
+    out:Path, # the folder to write
+    table:Path=None, # CSV that names the images
+    columns:dict=None, # of a table or of Parquet: the roles image, label, group, split
+    **settings # of `import_folder`; `group` and `only` are for class folders
+) -> Import:
+    "`import_folder`, `import_table` or `import_parquet`, whichever reads `source`."
+    settings = {k: v for k, v in settings.items() if v is not None}
+    source = Path(source).expanduser()
+    rows = source.suffix == '.parquet' or source.is_dir() and not _folders(source) and any(source.glob('*.parquet'))
+    if not table and not rows:
+        if columns: raise ValueError(f'columns are for a table or Parquet rows, and {source} has neither: name the table')
+        return import_folder(source, out, **settings)
+    if unfit := {'group', 'only'} & set(settings):
+        raise ValueError(f'{" and ".join(sorted(unfit))}: for class folders only; of a table name the column, group=…')
+    return import_table(table, source, out, columns=columns, **settings) if table else import_parquet(source, out, columns=columns, **settings)
