@@ -6,7 +6,7 @@
 __all__ = ['BUDGETS', 'progress', 'assets_address', 'lose_assets', 'source', 'budget', 'sizes', 'home', 'run_name', 'processes',
            'wait_for_all', 'atomic', 'lock', 'make_once', 'fingerprint', 'picture', 'save_figure', 'save_table',
            'file_hash', 'best_device', 'page_faults', 'keep_memory', 'idle_ms', 'sleep_when_idle', 'fastest_precision',
-           'best_batch_size', 'Setup', 'set_seed', 'setup', 'trying']
+           'best_batch_size', 'Setup', 'set_seed', 'setup', 'trying', 'plain']
 
 # %% ../nbs/foundation/00_core.ipynb #15ad27af
 import contextlib, ctypes, hashlib, io, json, os, platform, random, shutil, time, traceback, uuid
@@ -475,3 +475,11 @@ def trying(
     except Exception as e:
         if os.environ.get('IN_TEST'): raise
         print(f'{name}: not yet. {_why(e)}')
+
+# %% ../nbs/foundation/00_core.ipynb #8bbb9bda
+def plain(
+    v # a tensor, an array, a list or a number that a student's function returned
+) -> np.ndarray: # float64
+    "The bare numbers of an answer: kind, device, type and gradient do not matter, shape and values do."
+    if v is None: raise ValueError('the answer is None: a function that returns nothing')
+    return np.asarray(v.detach().cpu().double() if torch.is_tensor(v) else v, dtype=float)
