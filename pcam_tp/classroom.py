@@ -6,19 +6,21 @@
 __all__ = ['LABS', 'EXERCISE', 'CHECK', 'ANSWER', 'KINDS', 'SOLUTION', 'HIDDEN', 'MODEL', 'YOUR_CODE', 'YOUR_ANSWER', 'SECRET',
            'TOLERANCE', 'TRIED', 'Mark', 'marks', 'python', 'stub', 'made', 'repair', 'stamp', 'imports_of', 'setup_of',
            'grading_copy', 'with_secret', 'wrong_answers', 'answered', 'agree', 'Outcome', 'attempt', 'Trial',
-           'weaknesses']
+           'weaknesses', 'leaning', 'folded', 'student_copy', 'edited']
 
 # %% ../nbs/tools/02_classroom.ipynb #e125839b
-import ast, contextlib, copy, hashlib, io, json, os, re, shutil, symtable
+import ast, contextlib, copy, hashlib, io, json, re, shutil, symtable, uuid
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
 from IPython.core.inputtransformer2 import TransformerManager
 
+from .colab import point_at, repository
 from .controls import seeded
-from .core import atomic, progress
+from .core import progress
 
 # %% ../nbs/tools/02_classroom.ipynb #980c0387
 LABS = '00', '02', '03', '04', '05', '06', '07', '09'   # the numbers of the graded labs; the others are electives
@@ -427,3 +429,117 @@ def weaknesses(
             problems += _of_others(trial, solved, [(why, code) for n, why, code in slips if n == name])
         found += [(name, p) for p in problems]
     return found + [(n, 'a wrong answer for an exercise that is not of this lab') for n, *_ in slips if n not in names]
+
+# %% ../nbs/tools/02_classroom.ipynb #581b18aa
+def _kept_names(source):
+    "Names that a check makes in any case: at its top level, before hidden tests."
+    return set().union(*(_binds(n) for n in python(HIDDEN.sub('', source)).body), set())
+
+def _all_names(source):
+    top = symtable.symtable(TransformerManager().transform_cell(source), 'cell', 'exec')
+    return {s.get_name() for s in top.get_symbols() if s.is_assigned()}
+
+def leaning(
+    nb # a lab
+) -> list: # of (exercise, sentence)
+    "Cells that would fail, or tell something else, where an answer is missing."
+    found, marked = [], {m.at for m in marks(nb)}
+    for m in marks(nb):
+        if m.kind == 'answer': continue
+        source = _text(nb['cells'][m.at])
+        own = _all_names(source) - (_kept_names(source) if m.kind == 'check' else set())
+        for i, c in enumerate(nb['cells']):
+            if c['cell_type'] != 'code' or i <= m.at or i in marked or 'google.colab' in _text(c): continue
+            if used := own & _outside(_text(c)):
+                found.append((m.name, f'cell {i + 1} uses {", ".join(sorted(used))} of its {m.kind}: an empty hole lacks it'))
+            own -= _all_names(_text(c))
+    return found
+
+# %% ../nbs/tools/02_classroom.ipynb #ceb88fc6
+_NUMBERS = dict(zip('cell two three four five six'.split(), range(1, 7)))
+_OPTIONAL = re.compile(r'library code, optional', re.I)
+_NEXT = re.compile(r'\bnext (cell|two|three|four|five|six)\b')
+_DRAWS = {'fig', 'figs', 'ax', 'axs', 'axes', 'plt', 'picture', 'save_figure', 'alt', 'display'}
+
+def _lines(nodes): return sum(n.end_lineno - n.lineno + 1 for n in nodes)
+
+def _title(source):
+    "Why a code cell may be folded; '' if it should be read."
+    if 'google.colab' in source: return 'Installation (on Colab)'
+    if m := re.match(r'# extra code *[–-]* *(.+)', source): return m[1][:1].upper() + m[1][1:]
+    body = python(source).body
+    if not body or EXERCISE.search(source) or CHECK.search(source): return ''
+    imports = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    if 2*_lines(imports) > _lines(body): return 'Imports and set-up'
+    told = 'predicted' in source or 'In your report' in source
+    draws = [n for n in body if {a.id for a in ast.walk(n) if isinstance(a, ast.Name)} & _DRAWS]
+    return 'Draws a figure' if _lines(body) > 5 and 2*_lines(draws) >= _lines(body) and not told else ''
+
+# %% ../nbs/tools/02_classroom.ipynb #80308bf5
+def folded(
+    nb # a notebook
+) -> dict: # position → title
+    "The code cells that a student need not read."
+    found, optional = {}, 0
+    for i, c in enumerate(nb['cells']):
+        text = _text(c)
+        if c['cell_type'] != 'code':
+            hit = _NEXT.search(text) if _OPTIONAL.search(text) else None
+            optional = _NUMBERS[hit[1]] if hit else max(optional, 0)
+            continue
+        title = _title(text) or ('Library code, optional' if optional and not EXERCISE.search(text) else '')
+        optional -= optional > 0
+        if title: found[i] = title
+    return found
+
+# %% ../nbs/tools/02_classroom.ipynb #26ddf7f7
+_COPY = ('*This is your copy.* Write where it says `# YOUR CODE HERE` or *Your answer:*, in that cell; only these cells are '
+         'collected. [Is something unclear, or wrong?]({url})')
+
+def student_copy(
+    nb, # a lab; not changed
+    name:str, # of its file, without `.ipynb`
+    to, # `colab.Repository` of the students' copies
+    folder:str='', # of the copies in that repository
+    assets:str=None # as of `colab.point_at`
+): # a notebook
+    "A lab as a student gets it."
+    titles, cells = folded(nb), []
+    for i, old in enumerate(nb['cells']):
+        c = copy.deepcopy(old)
+        c['source'] = stub(_text(old))
+        if re.match(r'#\| *default_exp', c['source']): continue
+        c['metadata'] = {}
+        if c['cell_type'] == 'code': c.update(outputs=[], execution_count=None)
+        if i in titles:
+            c['source'] = f'# @title {titles[i]}\n{c["source"]}'
+            c['metadata'] = dict(cellView='form', jupyter=dict(source_hidden=True))
+        cells.append(c)
+    new = copy.deepcopy(nb)
+    new['cells'] = [_nbformat().from_dict(c) for c in cells]
+    point_at(new, *to, folder=folder, library=False, assets=assets)
+    url = f'https://github.com/{to.owner}/{to.name}/issues/new?title={quote(name + ": ")}'
+    new['cells'][0]['source'] += '\n\n' + _COPY.format(url=url)
+    return new
+
+# %% ../nbs/tools/02_classroom.ipynb #762d3757
+def _pieces(source, kind):
+    "What must stand in a student's cell: the text before, between and after the marks."
+    if kind == 'answer': return MODEL.split(source)
+    parts = re.split(r'(?ms)^[ \t]*### BEGIN (?:SOLUTION|HIDDEN TESTS).*?^[ \t]*### END (?:SOLUTION|HIDDEN TESTS)[^\n]*\n?', source)
+    return parts
+
+def edited(
+    nb, # a student's copy, not yet filled
+    lab
+) -> list: # of (name, sentence)
+    "Marked cells of a copy that differ from the lab outside of the marks."
+    found, theirs = [], {}
+    for m in marks(nb): theirs.setdefault(m.key, _text(nb['cells'][m.at]))
+    for m in marks(lab):
+        mine, rest = theirs.get(m.key), _pieces(_text(lab['cells'][m.at]), m.kind)
+        if mine is None: found.append((m.name, f'its {m.kind} is not in the copy')); continue
+        gap = r'\s*' if m.kind == 'check' else r'(?:[ \t]*# YOUR CODE HERE\n?(?:[ \t]*pass\n?)?|\*Your answer:\*)'
+        if not re.fullmatch(gap.join(re.escape(p.strip('\n')) + r'\s*' for p in rest), mine):
+            found.append((m.name, f'its {m.kind} differs from the lab outside of the marks'))
+    return found
