@@ -6,7 +6,8 @@
 __all__ = ['LABS', 'EXERCISE', 'CHECK', 'ANSWER', 'KINDS', 'SOLUTION', 'HIDDEN', 'MODEL', 'YOUR_CODE', 'YOUR_ANSWER', 'SECRET',
            'TOLERANCE', 'TRIED', 'Mark', 'marks', 'python', 'stub', 'made', 'repair', 'stamp', 'imports_of', 'setup_of',
            'grading_copy', 'with_secret', 'wrong_answers', 'answered', 'agree', 'Outcome', 'attempt', 'Trial',
-           'weaknesses', 'leaning', 'folded', 'student_copy', 'edited']
+           'weaknesses', 'leaning', 'folded', 'student_copy', 'edited', 'course_files', 'read_notebook', 'release',
+           'check']
 
 # %% ../nbs/tools/02_classroom.ipynb #e125839b
 import ast, contextlib, copy, hashlib, io, json, re, shutil, symtable, uuid
@@ -15,10 +16,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+import pandas as pd
 import torch
 from IPython.core.inputtransformer2 import TransformerManager
 
-from .colab import point_at, repository
+from .colab import Repository, point_at, repository
 from .controls import seeded
 from .core import progress
 
@@ -543,3 +545,144 @@ def edited(
         if not re.fullmatch(gap.join(re.escape(p.strip('\n')) + r'\s*' for p in rest), mine):
             found.append((m.name, f'its {m.kind} differs from the lab outside of the marks'))
     return found
+
+# %% ../nbs/tools/02_classroom.ipynb #4d00dcbe
+def course_files(
+    nbs:Path=None # the folder of the notebooks; that of this checkout if None
+) -> dict: # number → path
+    "The notebooks of the course. `FileNotFoundError` where there is only the installed package."
+    places = [Path(nbs)] if nbs else [Path.cwd()/'nbs', Path(__file__).resolve().parent.parent/'nbs']
+    for folder in places:
+        if found := {p.stem.split('_')[0]: p for p in sorted(folder.glob('[0-9][0-9]*_*.ipynb'))}: return found
+    raise FileNotFoundError(f'{" and ".join(map(str, places))}: no notebooks of the course; expected a checkout of the '
+                            'repository (git clone), give its folder nbs/')
+
+def read_notebook(path:Path):
+    "A notebook, as nbformat 4. `ValueError` names a file that is none."
+    try: return _nbformat().read(path, 4)
+    except OSError: raise
+    except Exception as e: raise ValueError(f'{path}: no notebook ({_said(e)})') from e
+
+# %% ../nbs/tools/02_classroom.ipynb #184ed18c
+_LEFT = re.compile(r'### *(BEGIN|END) *(SOLUTION|HIDDEN)|^[ \t]*SECRET *=', re.M)
+_LIST = 'release.json'
+
+def _hash(content): return hashlib.sha256(content).hexdigest()
+
+def _check_ours(out):
+    "`ValueError` where a folder holds what no release wrote, or what was edited since."
+    if not out.exists(): return
+    if not out.is_dir(): raise ValueError(f'{out}: a file; expected a folder, or nothing')
+    there = [p for p in out.rglob('*') if p.is_file() and '.ipynb_checkpoints' not in p.parts]
+    known = json.loads((out/_LIST).read_text(encoding='utf-8')) if (out/_LIST).exists() else {}
+    other = [str(p.relative_to(out)) for p in there if p.name != _LIST and
+             known.get(str(p.relative_to(out))) != _hash(p.read_bytes())]
+    if other:
+        more = f' and {len(other) - 3} more' if len(other) > 3 else ''
+        raise ValueError(f'{out} holds {", ".join(sorted(other)[:3])}{more}, which no release wrote, or which was edited '
+                         'since: give a folder of its own, or move these away')
+
+def _put(files, out):
+    "Write a folder at once, in place of a former release."
+    tmp, old = (out.with_name(f'.{out.name}.{uuid.uuid4().hex[:8]}') for _ in range(2))
+    try:
+        tmp.mkdir(parents=True)
+        for name, content in files.items(): (tmp/name).write_bytes(content)
+        if out.exists(): out.rename(old)
+        tmp.rename(out)
+    finally:
+        if old.exists() and not out.exists(): old.rename(out)
+        for p in (tmp, old): shutil.rmtree(p, ignore_errors=True)
+
+# %% ../nbs/tools/02_classroom.ipynb #971d800f
+def _read_me(table, to, folder):
+    "What students read first."
+    at = '/'.join(filter(None, [f'{to.owner}/{to.name}', 'blob', to.branch, folder]))
+    rows = [f'| [{r.notebook}]({r.notebook}.ipynb) | {r.exercises} | {r.questions} | {r.points} | '
+            f'[open](https://colab.research.google.com/github/{at}/{r.notebook}.ipynb) |' for r in table.itertuples()]
+    head = ['# Notebooks of the course', '', 'Open one on Colab, and save a copy (*File → Save a copy in Drive*). Write where '
+            'it says `# YOUR CODE HERE` or *Your answer:*, in that cell: only these cells are collected. An open hole stops '
+            'nothing: *Run all* goes on. To hand in: *File → Download → Download .ipynb*; keep the file\'s name.', '']
+    return '\n'.join([*head, '| notebook | exercises | questions | points | on Colab |', '|---|---|---|---|---|', *rows, ''])
+
+def _released(path, to, folder, assets):
+    "(name, bytes of the student's copy, row of the table) of one notebook."
+    lab = read_notebook(path)
+    copy = student_copy(lab, path.stem, to, folder, assets)
+    for i, c in enumerate(copy.cells, 1):
+        if _LEFT.search(c.source): raise ValueError(f'{path}: a mark is left in cell {i} of its copy: is each BEGIN closed by '
+                                                    f'an END?\n{c.source}')
+    n = {kind: sum(m.kind == kind for m in marks(lab)) for kind in KINDS}
+    row = dict(notebook=path.stem, exercises=n['exercise'], questions=n['answer'], points=sum(m.points for m in marks(lab)))
+    return f'{path.stem}.ipynb', _nbformat().writes(copy).encode() + b'\n', row
+
+# %% ../nbs/tools/02_classroom.ipynb #5c0d54f6
+def release(
+    out:Path, # a folder that is not there, empty, or a former release
+    owner:str=None, # of the students' repository; owner and name in settings.ini if None
+    repo:str=None, # its name
+    branch:str='main',
+    folder:str=None, # of the copies in that repository; the name of `out` if None, '' for its top
+    assets:str=None, # address of your class's files, for the first cell of every copy
+    electives:bool=False, # the course's other notebooks as well
+    nbs:Path=None # where the notebooks are; `nbs/` of this checkout if None
+) -> pd.DataFrame: # what was written
+    "Write the students' copies: no solutions, no hidden tests, no outputs; badges that open the copies."
+    files, out = course_files(nbs), Path(out).resolve()
+    here = next(iter(files.values())).parent.parent
+    of_course = repository(here) if owner is None or repo is None else None
+    to = Repository(owner or of_course.owner, repo or of_course.name, branch)
+    folder = out.name if folder is None else folder.strip('/')
+    _check_ours(out)
+    chosen = [p for n, p in files.items() if n in LABS or electives]
+    names, contents, rows = zip(*(_released(p, to, folder, assets) for p in chosen))
+    table = pd.DataFrame(rows)
+    made = dict(zip(names, contents)) | {'README.md': _read_me(table, to, folder).encode()}
+    made[_LIST] = (json.dumps({k: _hash(v) for k, v in made.items()}, indent=1) + '\n').encode()
+    _put(made, out)
+    print(f'{len(names)} notebooks in {out}; their badges open {to.owner}/{to.name}, branch {to.branch}, folder "{folder}"')
+    return table
+
+# %% ../nbs/tools/02_classroom.ipynb #9181885d
+def _spoiled(lab):
+    "Sentences on copies that should be repaired to the same notebook."
+    filled = copy.deepcopy(lab)
+    for c in filled['cells']:
+        c['source'] = re.sub(r'(?m)^[ \t]*### (BEGIN|END) SOLUTION[^\n]*\n?', '', HIDDEN.sub('', _text(c)))
+    whole, _ = stamp(filled, lab)
+    bare = [dict(copy.deepcopy(c), metadata={}, id=f'new-{i}') for i, c in enumerate(filled['cells'])]
+    empty = [dict(c, source=stub(_text(old))) for c, old in zip(bare, lab['cells'])]
+    for how, cells in {'without metadata': bare, 'with each cell doubled': bare + empty, 'turned round': bare[::-1]}.items():
+        other, _ = stamp(_nbformat().from_dict(dict(filled, cells=cells)), lab)
+        for m in marks(whole):
+            if other['cells'][m.at] != whole['cells'][m.at]: yield m.name, f'a copy {how} is not graded as the original'
+
+def _names(labs):
+    "Sentences on names that occur twice in the course."
+    seen = {}
+    for stem, nb in labs.items():
+        for m in marks(nb):
+            if m.grade_id in seen: yield stem, m.name, f'the name "{m.grade_id}" is also one of {seen[m.grade_id]}'
+            seen[m.grade_id] = stem
+
+# %% ../nbs/tools/02_classroom.ipynb #72c0f427
+def check(
+    labs:list=None, # numbers, such as 03; all graded labs if None
+    nbs:Path=None, # where the notebooks are; `nbs/` of this checkout if None
+    wrong:Path=None, # folder of wrong answers; `tests/wrong/` of the checkout if None
+    released:Path=None, # a release: are its copies those of the labs?
+    run:bool=False # also run each copy whole, holes empty: minutes
+) -> list: # of sentences that name lab and exercise; empty if all is well
+    "Does every check let the right answer through, and nothing else? Seconds; no data and no network are needed."
+    files = {n: p for n, p in course_files(nbs).items() if n in (labs or LABS)}
+    if lost := set(labs or ()) - set(files): raise ValueError(f'no lab {", ".join(sorted(lost))}: there are {", ".join(LABS)}')
+    read = {p.stem: read_notebook(p) for p in files.values()}
+    found = list(_names(read))
+    for p in progress(files.values(), desc='checking labs'):
+        lab = read[p.stem]
+        slips = wrong_answers(Path(wrong or p.parent.parent/'tests'/'wrong')/f'{p.stem}.py')
+        theirs = read_notebook(Path(released)/p.name) if released else student_copy(lab, p.stem, Repository('a', 'b'))
+        ran = _run_all(theirs, p.parent) if run else []
+        for part in weaknesses(lab, slips), leaning(lab), edited(theirs, lab), _spoiled(lab), ran:
+            found += [(p.stem, name, sentence) for name, sentence in part]
+    return [f'{stem}, {name}: {sentence}' for stem, name, sentence in found]
