@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LABS', 'EXERCISE', 'CHECK', 'ANSWER', 'KINDS', 'SOLUTION', 'HIDDEN', 'MODEL', 'YOUR_CODE', 'YOUR_ANSWER', 'SECRET',
-           'TOLERANCE', 'TRIED', 'Mark', 'marks', 'python', 'stub', 'made', 'repair', 'stamp', 'imports_of', 'setup_of',
-           'grading_copy', 'with_secret', 'wrong_answers', 'answered', 'agree', 'Outcome', 'attempt', 'Trial',
-           'weaknesses', 'leaning', 'folded', 'student_copy', 'edited', 'course_files', 'read_notebook', 'release',
-           'check']
+           'TOLERANCE', 'TRIED', 'Mark', 'marks', 'python', 'stub', 'made', 'repair', 'stamp', 'outside', 'imports_of',
+           'setup_of', 'grading_copy', 'with_secret', 'wrong_answers', 'answered', 'agree', 'Outcome', 'attempt',
+           'Trial', 'weaknesses', 'leaning', 'folded', 'student_copy', 'edited', 'course_files', 'read_notebook',
+           'release', 'check']
 
 # %% ../nbs/tools/02_classroom.ipynb #e125839b
-import ast, contextlib, copy, hashlib, io, json, re, shutil, symtable, uuid
+import ast, contextlib, copy, functools, hashlib, io, json, re, shutil, symtable, uuid
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -73,11 +73,14 @@ HIDDEN = re.compile(r'^[ \t]*### BEGIN HIDDEN TESTS.*?^[ \t]*### END HIDDEN TEST
 MODEL = re.compile(r'<!--\s*### BEGIN SOLUTION.*?### END SOLUTION\s*-->', re.S)
 YOUR_CODE, YOUR_ANSWER = '# YOUR CODE HERE', '*Your answer:*'
 
+@functools.lru_cache(4096)
+def _transformed(source): return TransformerManager().transform_cell(source)
+
 def python(
     source:str # of a cell; magics become calls, as in IPython
 ) -> ast.Module:
     "The syntax tree of a cell. `SyntaxError` for what is no Python."
-    return ast.parse(TransformerManager().transform_cell(source))
+    return ast.parse(_transformed(source))
 
 def stub(
     source:str # of a code or markdown cell of the course
@@ -114,7 +117,8 @@ def _copies(nb, lab):
     "(kind, name) of each exercise and answer of a lab → the sources of its copies in a notebook."
     of_course, found = marks(lab), {m.key: [] for m in marks(nb)}
     for m in marks(nb): found[m.key].append(_text(nb['cells'][m.at]))
-    loose = [c for i, c in enumerate(nb['cells']) if i not in {m.at for m in marks(nb)}]
+    taken = {m.at for m in marks(nb)}
+    loose = [c for i, c in enumerate(nb['cells']) if i not in taken]
     by_grade_id = lambda m, c: c.get('metadata', {}).get('nbgrader', {}).get('grade_id') == m.grade_id
     by_id = lambda m, c: c.get('id') is not None and c['id'] == lab['cells'][m.at].get('id')
     def by_functions(m, c):
@@ -200,9 +204,9 @@ def stamp(
 # %% ../nbs/tools/02_classroom.ipynb #259c8ab5
 _MAKERS = {'dict', 'list', 'tuple', 'set', 'frozenset', 'range', 'partial', 'functools', 're', 'Path', 'np', 'torch', 'math'}
 
-def _outside(source):
-    "Names that code takes from outside: used, and not made in it."
-    top = symtable.symtable(TransformerManager().transform_cell(source), 'cell', 'exec')
+def outside(source:str) -> set:
+    "Global names that code reads and does not make."
+    top = symtable.symtable(_transformed(source), 'cell', 'exec')
     own = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
     def used(table):
         for s in table.get_symbols():
@@ -241,7 +245,7 @@ def _needed(nodes, names):
         if not _cheap(nodes[last]): missing.add(name)
         elif last not in kept:
             kept.add(last)
-            todo |= _outside(ast.unparse(nodes[last]))
+            todo |= outside(ast.unparse(nodes[last]))
     return sorted(kept), missing
 
 # %% ../nbs/tools/02_classroom.ipynb #186592a5
@@ -258,7 +262,7 @@ def setup_of(
     at = {m.kind: m.at for m in marks(nb) if m.name == name and m.kind != 'answer'}
     names = set()
     for i in at.values():
-        try: names |= _outside(_text(nb['cells'][i]))
+        try: names |= outside(_text(nb['cells'][i]))
         except SyntaxError: pass   # an answer that is no Python fails by itself
     nodes = _statements(nb, at['exercise'])
     kept, missing = _needed(nodes, names)
@@ -345,7 +349,7 @@ def attempt(
     names['trying'] = trying
     with seeded(seed), contextlib.redirect_stdout(io.StringIO()):
         try:
-            for c in cells: exec(TransformerManager().transform_cell(c), names)
+            for c in cells: exec(_transformed(c), names)
             found.values = names.get('values')
         except Exception as e: found.error = _said(e)
     return found
@@ -438,7 +442,7 @@ def _kept_names(source):
     return set().union(*(_binds(n) for n in python(HIDDEN.sub('', source)).body), set())
 
 def _all_names(source):
-    top = symtable.symtable(TransformerManager().transform_cell(source), 'cell', 'exec')
+    top = symtable.symtable(_transformed(source), 'cell', 'exec')
     return {s.get_name() for s in top.get_symbols() if s.is_assigned()}
 
 def leaning(
@@ -452,7 +456,7 @@ def leaning(
         own = _all_names(source) - (_kept_names(source) if m.kind == 'check' else set())
         for i, c in enumerate(nb['cells']):
             if c['cell_type'] != 'code' or i <= m.at or i in marked or 'google.colab' in _text(c): continue
-            if used := own & _outside(_text(c)):
+            if used := own & outside(_text(c)):
                 found.append((m.name, f'cell {i + 1} uses {", ".join(sorted(used))} of its {m.kind}: an empty hole lacks it'))
             own -= _all_names(_text(c))
     return found
@@ -664,6 +668,19 @@ def _names(labs):
         for m in marks(nb):
             if m.grade_id in seen: yield stem, m.name, f'the name "{m.grade_id}" is also one of {seen[m.grade_id]}'
             seen[m.grade_id] = stem
+
+# %% ../nbs/tools/02_classroom.ipynb #3aa97953
+def _run_all(nb, cwd):
+    "Sentences on a student's copy with empty holes, run from top to bottom in a fresh kernel, as Run all does."
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    nb, kernel = copy.deepcopy(nb), dict(kernel_name='python3', resources=dict(metadata=dict(path=str(cwd))))
+    try: NotebookClient(nb, timeout=None, **kernel).execute()
+    except (CellExecutionError, DeadKernelError) as e: yield 'the whole copy', f'Run all stops: {str(e).strip()[-300:]}'
+    else:
+        for m in marks(nb):
+            told = ''.join(o.get('text', '') for o in nb['cells'][m.at].get('outputs', ()))
+            if m.kind == 'check' and f'{m.name}: not yet' not in told: yield m.name, f'its empty hole is told {told!r}'
 
 # %% ../nbs/tools/02_classroom.ipynb #72c0f427
 def check(
