@@ -176,7 +176,7 @@ def test_a_check_helps_and_a_hidden_one_decides(number):
         assert not checks, f'{name}: an assert outside of `trying` would stop Run all'
         assert len(re.findall(r'^SECRET = 0\b', hidden, re.M)) == 1, f'{name}: expected one line "SECRET = 0"'
         assert len(re.findall(r'\bSECRET\b', hidden)) >= 2, f'{name}: the hidden part draws nothing from SECRET'
-        assert re.search(r'^values = [\[{d]', hidden, re.M), f'{name}: expected "values = [" or "values = dict("'
+        assert re.search(r'^values = ', hidden, re.M), f'{name}: the hidden part ends in no "values = …"'
 
 
 @graded
