@@ -165,6 +165,13 @@ def test_nothing_rests_on_an_answer(number):
                 own = again
 
 
+def test_teachers_are_told_the_points():
+    text = (ROOT/'TEACHING.md').read_text(encoding='utf-8')
+    told = {m[1]: int(m[2]) for m in re.finditer(r'^\| (\d\d) [^|]+\| *\d+ *\| *(\d+) *\|', text, re.M)}
+    found = {n: shape(course()[n])['points'] for n in LABS}
+    assert told == found and f'({sum(found.values())} over eight labs)' in text
+
+
 @graded
 def test_a_check_helps_and_a_hidden_one_decides(number):
     "Its visible part stands in `trying`, so that it stops nobody; the hidden part draws from SECRET and ends in `values`."
