@@ -227,5 +227,42 @@ def _assets(out:_Out, n:_Each=(8_000, 2_000, 2_000), models:_Models=['small_cnn'
     setup()
     return write_assets(out, n, models, seed)
 
+# %% ../nbs/tools/09_cli.ipynb #0cef7bb7
+_Nbs = Annotated[Optional[Path], Option(help='Folder of the notebooks; nbs/ of this checkout if not given.')]
+
+@command(course, examples="""course release ../class-2027/labs --owner ada --repo class-2027
+                             course release labs --electives""")
+def _release(
+    out:Annotated[Path, Argument(help='Folder to write: not there yet, empty, or a former release.')],
+    owner:Annotated[Optional[str], Option(help="Of the students' repository; settings.ini says it if not given.")]=None,
+    repo:Annotated[Optional[str], Option(help='Its name.')]=None,
+    branch:Annotated[str, Option(help='Its branch.')]='main',
+    folder:Annotated[Optional[str], Option(help="Of the copies in it; OUT's own name if not given, '' for the top.")]=None,
+    assets:Annotated[Optional[str], Option(help="Address of your class's files, for the first cell.")]=None,
+    electives:Annotated[bool, Option('--electives', help='The other notebooks of the course as well.')]=False,
+    nbs:_Nbs=None
+):
+    "Write the students' copies: no solutions, no hidden tests, no outputs; badges that open the copies."
+    from pcam_tp.classroom import release
+    return release(out, owner, repo, branch, folder, assets, electives, nbs)
+
+# %% ../nbs/tools/09_cli.ipynb #4b5c7cd0
+@command(course, examples="""course check
+                             course check 03 07 --released ../class-2027/labs""")
+def _check(
+    labs:Annotated[Optional[list[str]], Argument(metavar='[NUMBER …]', help='Such as 03; all labs if none.')]=None,
+    wrong:Annotated[Optional[Path], Option(help='Folder of wrong answers; tests/wrong of the checkout.')]=None,
+    released:Annotated[Optional[Path], Option(help='A release: are its copies those of the labs?')]=None,
+    run:Annotated[bool, Option('--run', help='Also run each copy whole, its holes empty: minutes.')]=False,
+    nbs:_Nbs=None
+):
+    "Does every check of a lab let the right answer through, and no empty hole and no known slip?"
+    from pcam_tp.classroom import LABS, check
+    found = check(labs or None, nbs, wrong, released, run)
+    for sentence in found: print(sentence)
+    if found: raise ValueError(f'{len(found)} of these; each names its lab and exercise')
+    n = len(labs or LABS)
+    return f'{n} lab{"s"*(n > 1)}: right answers pass, empty holes and known slips fail, spoiled copies are repaired'
+
 # %% ../nbs/tools/09_cli.ipynb #a7729272
 if __name__ == '__main__' and __spec__: main()   # not in a notebook
