@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
+if __name__ == '__main__': sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pcam_tp.classroom import ANSWER, CHECK, EXERCISE, HIDDEN, LABS, SOLUTION, made, outside, python
+
 ROOT = Path(__file__).resolve().parent.parent
-LABS = '00', '02', '03', '04', '05', '06', '07', '09'   # the numbers of the graded labs; 01, 08 and others are electives
-EXERCISE, CHECK = re.compile(r'#\| exercise: *([\w-]+)'), re.compile(r'#\| check: *([\w-]+), *points=(\d+)')
-ANSWER = re.compile(r'<!-- *answer: *([\w-]+), *points=(\d+)')
-SOLUTION = re.compile(r'^[ \t]*### BEGIN SOLUTION.*?^[ \t]*### END SOLUTION[^\n]*\n?', re.M | re.S)
-HIDDEN = re.compile(r'^### BEGIN HIDDEN TESTS\n(.*?)^### END HIDDEN TESTS', re.M | re.S)
 MINUTES, POINTS = re.compile(r'(\d+) minutes?\b'), re.compile(r'(\d+) points?\b')
 WORDS_A_MINUTE = 200
 
@@ -59,37 +57,11 @@ def guesses(lab): return [c for c in lab if c.kind == 'code' and re.search(r'^(p
 def report_lines(lab): return [l for c in lab if c.kind == 'code' for l in c.source.splitlines() if 'In your report' in l]
 
 
-def python(source):
-    "What IPython makes of a cell: magics become calls."
-    return ast.parse(TransformerManager().transform_cell(source))
-
-
 def stripped(source): return SOLUTION.sub('', source)
-
-
-def made(source):
-    "Names that a cell makes at its top level by `def`, `class` or `=`."
-    names = set()
-    for node in python(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names.add(node.name)
-        elif isinstance(node, ast.Assign): names |= {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-    return names
 
 
 def used(source):
     return {n.id for n in ast.walk(python(source)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-
-
-def free(source):
-    "Global names that a cell reads and does not make: no parameter of a function, nor what a `with` or `for` makes."
-    top = symtable.symtable(TransformerManager().transform_cell(source), 'cell', 'exec')
-    here = top.get_symbols()
-    inner, names = top.get_children(), {s.get_name() for s in here if s.is_referenced()}
-    while inner:
-        t = inner.pop()
-        inner += t.get_children()
-        names |= {s.get_name() for s in t.get_symbols() if s.is_global() and s.is_referenced()}
-    return names - {s.get_name() for s in here if s.is_assigned() or s.is_imported()}
 
 
 def assigned(source):
@@ -101,7 +73,7 @@ def assigned(source):
 def lives_on(names, cells):
     "(cell, those of `names` that it reads) of the first cells that read one of them before a cell makes it again."
     for c in cells:
-        if found := names & free(c.source): yield c, sorted(found)
+        if found := names & outside(c.source): yield c, sorted(found)
         names = names - assigned(c.source)
 
 
@@ -114,7 +86,7 @@ def without_data(lab, names):
     for node in (n for c in lab if c.kind == 'code' and not c.first(CHECK) for n in python(c.source).body):
         if isinstance(node, DEFINES) or isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.Dict)):
             text = ast.unparse(node)
-            for name in assigned(text): made[name] = set() if isinstance(node, DEFINES[:2]) else free(text)
+            for name in assigned(text): made[name] = set() if isinstance(node, DEFINES[:2]) else outside(text)
         else: left |= assigned(ast.unparse(node))
     todo, seen, bad = set(names), set(), set()
     while todo:
@@ -230,7 +202,7 @@ def test_an_exercise_needs_no_data(number):
     lab = cells(course()[number])
     for name, _, exercise, check in holes(lab):
         above = [c for c in lab if c.number < check.number and c is not exercise]
-        bad = without_data(above, free(exercise.source + '\n' + check.source))
+        bad = without_data(above, outside(exercise.source + '\n' + check.source))
         assert not bad, f'{name} needs {sorted(bad)}, which an earlier cell computes'
 
 
@@ -244,7 +216,7 @@ def test_the_reader():
     (name, text, exercise, check), = holes(lab)
     assert (name, exercise.number, check.number, POINTS.search(text)[1]) == ('two', 3, 4, '2') and text.endswith('b')
     assert made(source) == {'f'} and used('print(f(2))') == {'print', 'f'}
-    assert free('y = x + 1\ndef f(a): return a + b\nwith w as v: z = v') == {'x', 'b', 'w'}
+    assert outside('y = x + 1\ndef f(a): return a + b\nwith w as v: z = v') == {'x', 'b', 'w'}
     later = [Cell(5, 'code', 'm = 1'), Cell(6, 'code', 'print(m, k)'), Cell(7, 'code', 'k = 2'), Cell(8, 'code', 'k')]
     assert [(c.number, found) for c, found in lives_on({'m', 'k'}, later)] == [(6, ['k'])]
     lab = [Cell(1, 'code', 'import a\nd = load()\ndef g(x): return h(x)\ndef h(x): return x + d\nK = {1: 2}')]
