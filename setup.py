@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-parser = ConfigParser(delimiters=['='], interpolation=None)
+parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 course = cfg['course_requirements'].split()   # what the notebooks import beside the library
