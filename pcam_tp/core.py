@@ -175,6 +175,17 @@ def fingerprint(
     text = json.dumps([args, kwargs], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
+# %% ../nbs/foundation/00_core.ipynb #4d703861
+class _Picture(Image):
+    "An image with alternative text, on IPython 7 too: Colab has that one, and its `Image` takes no `alt`."
+    def __init__(self, data, format, alt):
+        super().__init__(data, format=format)
+        self.alt = alt or None
+
+    def _data_and_metadata(self, always_both=False):
+        data, metadata = super()._data_and_metadata(always_both=True)
+        return data, metadata | ({'alt': self.alt} if self.alt else {})
+
 # %% ../nbs/foundation/00_core.ipynb #01d36ec9
 def picture(
     fig, # a matplotlib figure
@@ -187,10 +198,10 @@ def picture(
                 pil_kwargs=dict(compress_level=1))
     drawn = PIL.Image.open(data).convert('RGB')
     if drawn.getcolors(_FEW_COLOURS):
-        return Image(_encoded(drawn.quantize(64, dither=0), 'png'), format='png', alt=alt or None)
+        return _Picture(_encoded(drawn.quantize(64, dither=0), 'png'), 'png', alt)
     for quality in (50, 40, 30, 20):
         if len(small := _encoded(drawn, 'jpeg', quality=quality, progressive=True)) <= most: break
-    return Image(small, format='jpeg', alt=alt or None)
+    return _Picture(small, 'jpeg', alt)
 
 _FEW_COLOURS = 5000  # lines with their soft edges have fewer, a photograph has more
 def _encoded(drawn, format, **options):
