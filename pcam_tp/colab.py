@@ -137,7 +137,7 @@ def badges(
         new = _renamed(f, text, old, to, assets)
         if new == text: continue
         changed[f] = sum(a != b for a, b in zip(text.splitlines(), new.splitlines()))
-        print(f'{"would change" if dry_run else "changed"} {f.relative_to(folder)}: {changed[f]} lines')
+        print(f'{"would change" if dry_run else "changed"} {f.relative_to(folder)}: {changed[f]} line{"s"*(changed[f] > 1)}')
         if not dry_run:
             with atomic(f) as tmp: tmp.write_text(new, encoding='utf-8', newline='')
     print(f'{len(changed) or "no"} files {"would " * dry_run}name {to.owner}/{to.name}, branch {to.branch}, anew')
