@@ -70,6 +70,14 @@ def _swapped(text, old, to, folder='nbs', library=True):
 # %% ../nbs/tools/01_colab.ipynb #ad8d97ca
 _ASSETS = re.compile(r"on_colab\(assets='[^']*'")
 
+_BESIDE = re.compile(r'\]\((?=(?:foundation|tools)/[\w-]+\.ipynb)')
+
+def _library_links(text, cells):
+    "`text` whose relative links to foundation and tools lead to the repository that the first cell installs from."
+    pips = re.finditer(_PIP.format(r'([\w-]+)', r'([\w.-]+?)'), '\n'.join(cells))
+    for m in pips: return _BESIDE.sub(f'](https://github.com/{m[2]}/{m[3]}/blob/main/nbs/', text)
+    return text
+
 def _with_assets(text, assets):
     if assets is None: return text
     if re.search(r"['\"\\\s]", assets): raise ValueError(f'assets {assets!r}: an address has no blank and no quote')
@@ -87,10 +95,12 @@ def point_at(
 ) -> dict: # the notebook
     "Rewrite a notebook's badge, its links to other notebooks on Colab and its first cell."
     to, cells = _checked(Repository(owner, repo, branch)), nb['cells']
-    old = set().union(*(_named(''.join(c['source'])) for c in cells))
+    texts = [''.join(c['source']) for c in cells]
+    old = set().union(*map(_named, texts))
     if not old: raise ValueError('no badge and no install line of a repository in this notebook: nothing to point')
-    for c in cells:
-        text = _with_assets(_swapped(''.join(c['source']), old, to, folder, library), assets)
+    for c, text in zip(cells, texts):
+        text = _with_assets(_swapped(text, old, to, folder, library), assets)
+        if not library: text = _library_links(text, texts)
         c['source'] = text if isinstance(c['source'], str) else text.splitlines(keepends=True)
     return nb
 
