@@ -136,7 +136,7 @@ def badges(
     assets:str=None, # address for the first cell of every notebook; None leaves it as it is, '' takes it out
     dry_run:bool=False # only say what would change
 ) -> dict: # file → number of changed lines
-    "Name your repository (and the files of your class) wherever a checkout names another; prints what it changes."
+    "Name your repository (and the files of your class) wherever a checkout names another."
     now = repository(folder)
     to = _checked(Repository(owner or now.owner, repo or now.name, branch or now.branch))
     texts = {f: f.read_text(encoding='utf-8') for f in _texts(folder)}
@@ -146,11 +146,11 @@ def badges(
     for f, text in texts.items():
         new = _renamed(f, text, old, to, assets)
         if new == text: continue
-        changed[f] = sum(a != b for a, b in zip(text.splitlines(), new.splitlines()))
-        print(f'{"would change" if dry_run else "changed"} {f.relative_to(folder)}: {changed[f]} line{"s"*(changed[f] > 1)}')
+        changed[str(f.relative_to(folder))] = sum(a != b for a, b in zip(text.splitlines(), new.splitlines()))
         if not dry_run:
             with atomic(f) as tmp: tmp.write_text(new, encoding='utf-8', newline='')
-    print(f'{len(changed) or "no"} files {"would " * dry_run}name {to.owner}/{to.name}, branch {to.branch}, anew')
+    done = 'would change' if dry_run else 'changed'
+    print(f'{len(changed) or "no"} files {done}: the course is {to.owner}/{to.name}, branch {to.branch}')
     return changed
 
 # %% ../nbs/tools/01_colab.ipynb #d0ef545a
