@@ -7,9 +7,8 @@ __all__ = ['WHY', 'ELSEWHERE', 'MOST', 'class_secret', 'secret_number', 'steps',
            'examine', 'run_copies', 'executed', 'book', 'read_hand', 'answers', 'mark_by_hand', 'scores', 'totals',
            'questions', 'plot_questions', 'write_feedback', 'read_labs', 'grade', 'course_grade']
 
-# %% ../nbs/tools/03_grading.ipynb #2e136157
-import ast, builtins, contextlib, hashlib, hmac, json, logging, os, queue, re, secrets, shutil, subprocess, sys, symtable
-import threading, warnings, zipfile
+# %% ../nbs/tools/03_grading.ipynb #f4b456e5
+import contextlib, hashlib, hmac, json, logging, os, queue, re, secrets, shutil, subprocess, sys, threading, warnings, zipfile
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -20,11 +19,12 @@ import numpy as np
 import pandas as pd
 
 import pcam_tp
-from .classroom import HIDDEN, marks, python, stamp, stub
+from .classroom import (HIDDEN, LABS, TOLERANCE, course_files, imports_of, marks, python, read_notebook, setup_of, stamp, stub,
+                               with_secret)
 from .core import atomic, fingerprint, progress, save_figure
-from .sandbox import Limits, Sandbox, agree
+from .sandbox import Limits, Sandbox, matches
 
-# %% ../nbs/tools/03_grading.ipynb #060aab91
+# %% ../nbs/tools/03_grading.ipynb #5819bcd0
 def class_secret(
     path:Path # a text file; written if it is not there
 ) -> str:
@@ -46,122 +46,61 @@ def secret_number(
     digest = hmac.new(secret.encode(), name.encode(), hashlib.sha256).digest()
     return 1 + int.from_bytes(digest[:8], 'big') % (2**31 - 1)
 
-# %% ../nbs/tools/03_grading.ipynb #9dad1b57
-def _globals_of(table, inside=False):
-    "Global names that a block of a symbol table reads, those in its functions included."
-    names = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or not inside)}
-    return names.union(*(_globals_of(t, True) for t in table.get_children()))
-
-def _makes(node):
-    "Names that a top-level statement makes."
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)): return {node.name}
-    if isinstance(node, (ast.Import, ast.ImportFrom)): return {(a.asname or a.name).split('.')[0] for a in node.names} - {'*'}
-    parts = node.targets if isinstance(node, ast.Assign) else [getattr(node, 'target', node) if isinstance(node, (ast.AnnAssign, ast.AugAssign)) else node]
-    return {n.id for p in parts for n in ast.walk(p) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-
-def _statements(source):
-    "Top-level statements of a cell: (code, names it makes, names it needs); none if it is no Python."
-    try: body = python(source).body
-    except (SyntaxError, ValueError): return []
+# %% ../nbs/tools/03_grading.ipynb #811e1713
+def _loose(submission, lab):
+    "Code cells of a submission that neither bear a mark nor stand in the lab, if they are Python."
+    marked, of_lab = {m.at for m in marks(submission)}, {_text(c).strip() for c in lab['cells']}
     found = []
-    for node in body:
-        code, own = ast.unparse(node), _makes(node)
-        needs = _globals_of(symtable.symtable(code, 'cell', 'exec'))
-        read = own if isinstance(node, ast.AugAssign) else set()
-        if isinstance(node, ast.Assign): read = own & {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
-        found.append((code, own, (needs - own) | read))
+    for i, c in enumerate(submission['cells']):
+        if c['cell_type'] != 'code' or i in marked or _text(c).strip() in of_lab: continue
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError):
+            python(_text(c))
+            found.append(c)
     return found
-
-def _needs(source):
-    "Names that a cell needs from elsewhere."
-    needs, made = set(), set()
-    for _, own, wants in _statements(source): needs, made = needs | (wants - made), made | own
-    return needs - set(dir(builtins))
-
-# %% ../nbs/tools/03_grading.ipynb #25dfb0d9
-_IMPORT = 'import ', 'from '
 
 def _text(c): return c['source'] if isinstance(c['source'], str) else ''.join(c['source'])
 
-def _imports(nb):
-    "Import statements of a notebook's unmarked cells, in order."
-    marked, found = {m.at for m in marks(nb)}, {}
-    for i, c in enumerate(nb['cells']):
-        if c['cell_type'] != 'code' or i in marked: continue
-        for code, *_ in _statements(_text(c)):
-            if code.startswith(_IMPORT): found[code] = None
-    return [*found]
-
-def _makers(nb):
-    "Name → places (cell, code, needs) of the statements that make it; None for code in marked cells, which run anyway."
-    marked, found = {m.at for m in marks(nb)}, {}
-    for i, c in enumerate(nb['cells']):
-        if c['cell_type'] != 'code': continue
-        for code, own, needs in _statements(_text(c)):
-            for name in own: found.setdefault(name, []).append((i, None if i in marked else code, needs))
-    return found
-
-# %% ../nbs/tools/03_grading.ipynb #495e28c1
-def _setup(wanted, at, lab, own, known, done):
-    "Statements that make the wanted names above cell `at` of the lab, in order; `own` are those of the submission."
-    found, want = {}, [(name, at) for name in wanted]
-    while want:
-        name, below = want.pop()
-        places = [p for p in lab.get(name, ()) if p[0] < below]
-        if not places and (name in known or name in dir(builtins)): continue
-        side, place = (0, places[-1]) if places else (1, own.get(name, [None])[-1])
-        if place is None or place[1] is None or (places and place[1].startswith(_IMPORT)): continue
-        if place[1] in done or (side, place[0], place[1]) in found: continue
-        found[side, place[0], place[1]] = None
-        want += [(n, place[0] + (side == 1)*10**6) for n in place[2]]
-    codes = [code for _, _, code in sorted(found, key=lambda k: (-k[0], k[1]))]
-    done.update(codes)
-    return codes
-
-# %% ../nbs/tools/03_grading.ipynb #4447d5b2
-_SECRET = re.compile(r'^([ \t]*)SECRET *= *0\b[^\n]*', re.M)
-
 def steps(
     nb, # the lab with a student's answers, as `stamp` gives it
-    lab, # the course's own
-    submission, # as it came in
-    known:set, # names that the imports make
+    submission, # as it came in: helper functions of its own
     secret:str='' # with it, hidden tests are run; without, they are taken out
 ) -> list: # of dicts for `Sandbox.run`; `mark` is the kind and name, or None
     "The cells that are run: imports, what exercises and checks need, exercises, checks."
-    of_lab, of_own, done = _makers(lab), _makers(submission), set()
-    found = [dict(name='imports', code='\n'.join(_imports(lab)), mark=None)]
+    loose = _loose(submission, nb)
+    both = dict(nb, cells=[*loose, *nb['cells']])
+    own = imports_of(dict(nb, cells=loose)).splitlines()
+    found = [dict(name='imports', code=imports_of(nb), mark=None), *(dict(name='own import', code=c, mark=None) for c in own)]
     for m in marks(nb):
-        if m.kind == 'answer': continue
         code = _text(nb['cells'][m.at])
-        if m.kind == 'check':
-            code = _SECRET.sub(rf'\g<1>SECRET = {secret_number(secret, m.name)}', code) if secret else HIDDEN.sub('', code)
-        before = _setup(_needs(code), m.at, of_lab, of_own, known, done)
-        found += [dict(name=f'set-up of {m.name}', code=s, mark=None) for s in before]
-        found.append(dict(name=f'{m.kind} {m.name}', code=code, mark=m.key, values=bool(secret) and m.kind == 'check'))
+        if m.kind == 'exercise' and (before := _setup(both, m.name)): found.append(dict(name=f'set-up of {m.name}', code=before, mark=None))
+        if m.kind == 'check': code = with_secret(code, secret_number(secret, m.name)) if secret else HIDDEN.sub('', code)
+        if m.kind != 'answer': found.append(dict(name=f'{m.kind} {m.name}', code=code, mark=m.key, values=bool(secret) and m.kind == 'check'))
     return found
 
-# %% ../nbs/tools/03_grading.ipynb #99cf3f16
+def _setup(nb, name):
+    try: return setup_of(nb, name)[0]
+    except RecursionError: return ''   # an answer made to be too deep
+
+# %% ../nbs/tools/03_grading.ipynb #e784b11d
 WHY = dict(time='ran too long and was stopped', memory='took too much memory and was stopped', exit='ended its own process',
            processes='started too many processes and was stopped', output='printed without end and was stopped',
            total='was not run: the time of the copy was used up')
-_TOLERANCE = re.compile(r'# *values: *rtol *= *([\d.e+-]+), *atol *= *([\d.e+-]+)')
 ELSEWHERE = 'right where you can see it; with other inputs the result is another than expected'
 
 def play(
-    box:Sandbox, nb, lab, submission, # as of `steps`
+    box:Sandbox, nb, submission, # as of `steps`
     secret:str
 ) -> tuple: # (first, second) run: (kind, name) → result of the cell
     "Run a copy as the student sees it, then with hidden tests. What ended the first run is not tried again."
-    known, runs, ended = box.names, [], set()
+    runs, ended = [], set()
     for s in ('', secret):
-        cells = [c for c in steps(nb, lab, submission, known, s) if c['mark'] not in ended]
+        cells = [c for c in steps(nb, submission, s) if c['mark'] not in ended]
         results = box.run([{k: c[k] for k in ('name', 'code', 'values') if k in c} for c in cells])
         runs.append({c['mark'] or ('set-up', c['name']): r for c, r in zip(cells, results)})
         ended = {mark for mark, r in runs[0].items() if r['status'] in WHY}
     return tuple(runs)
 
-# %% ../nbs/tools/03_grading.ipynb #4c72cd9a
+# %% ../nbs/tools/03_grading.ipynb #d68dbf89
 def _complaint(result):
     "Why a cell did not pass, in a line; '' if it did."
     if result is None: return 'was not run'
@@ -182,11 +121,11 @@ def verdict(
     for what, r in ('the exercise', exercise), ('the check', check):
         if problem := _complaint(r): return 0, problem if r and r['status'] == 'error' and what == 'the check' else f'{what} {problem}' if r and r['status'] != 'error' else f'{what}: {problem}'
     hidden = second.get(('check', mark.name))
-    tolerance = map(float, m.groups()) if (m := _TOLERANCE.search(source)) else (1e-3, 1e-5)
-    right = hidden and hidden['status'] == 'ok' and (expected is None or agree(hidden['values'], expected, *tolerance))
+    tolerance = map(float, m.groups()) if (m := TOLERANCE.search(source)) else (1e-3, 1e-5)
+    right = hidden and hidden['status'] == 'ok' and (expected is None or matches(hidden['values'], expected, *tolerance))
     return (mark.points, '') if right else (0, ELSEWHERE)
 
-# %% ../nbs/tools/03_grading.ipynb #2157e191
+# %% ../nbs/tools/03_grading.ipynb #1a3fb286
 class Lab:
     "A graded lab: the course's notebook, its marks, and what its solutions give with a secret."
     def __init__(self, name:str, nb):
@@ -197,7 +136,7 @@ class Lab:
     def solve(self, box:Sandbox, secret:str):
         "Run the solutions; `ValueError` names the exercise whose own solution fails."
         solved, _ = stamp(self.nb)
-        first, second = play(box, solved, self.nb, self.nb, secret)
+        first, second = play(box, solved, self.nb, secret)
         for m in self.marks:
             if m.kind == 'answer': continue
             for run in first, second:
@@ -207,7 +146,7 @@ class Lab:
             self.expected[m.name] = None if values == ['none'] else values
         return self
 
-# %% ../nbs/tools/03_grading.ipynb #2abc72f7
+# %% ../nbs/tools/03_grading.ipynb #7fd6f9c3
 @dataclass
 class Copy:
     "A submitted notebook."
@@ -237,7 +176,7 @@ def _unzip(path, info):
     if len(content) > MOST: raise ValueError(f'more than {MOST/1e6:.0f} MB: too large for a notebook')
     return content
 
-# %% ../nbs/tools/03_grading.ipynb #e0d0ae44
+# %% ../nbs/tools/03_grading.ipynb #78f6c5ba
 def collect(
     inbox:Path, # folder of submissions
     labs # names of the labs: stems of their files
@@ -258,7 +197,7 @@ def collect(
         found[student, lab] = Copy(student, lab, name, content)
     return [found[k] for k in sorted(found)], problems
 
-# %% ../nbs/tools/03_grading.ipynb #a83e2227
+# %% ../nbs/tools/03_grading.ipynb #4ac47742
 def _read(content):
     "A notebook of bytes; `ValueError` says what is wrong with it."
     import nbformat
@@ -278,7 +217,7 @@ def examine(
         nb = _read(copy.content)
         stamped, result['remarks'] = stamp(nb, lab.nb)
     except Exception as e: return result | dict(broken=str(e) if isinstance(e, ValueError) else f'{type(e).__name__}: {e}')
-    first, second = play(box, stamped, lab.nb, nb, secret)
+    first, second = play(box, stamped, nb, secret)
     for m in marks(stamped):
         if m.kind != 'check': result['sources'][m.grade_id] = _text(stamped['cells'][m.at])
         if m.kind == 'check': result['points'][m.name] = verdict(m, first, second, lab.expected[m.name], _text(lab.nb['cells'][m.at]))
@@ -286,12 +225,12 @@ def examine(
     if box.kind == 'none': result['remarks'].insert(0, 'run WITHOUT a sandbox: this machine has neither bubblewrap nor user namespaces')
     return result
 
-# %% ../nbs/tools/03_grading.ipynb #ba2d1ab0
+# %% ../nbs/tools/03_grading.ipynb #79c6a02e
 class _Worker(threading.Thread):
     "Takes copies from a queue until there are none."
-    def __init__(self, todo, done, new_box, secret):
+    def __init__(self, todo, done, new_box, secret, box=None):
         super().__init__(daemon=True)
-        self.todo, self.done, self.new_box, self.secret, self.box = todo, done, new_box, secret, None
+        self.todo, self.done, self.new_box, self.secret, self.box = todo, done, new_box, secret, box
 
     def run(self):
         try:
@@ -324,7 +263,7 @@ class _Worker(threading.Thread):
         if self.is_alive() and self.box: self.box.process and self.box.process.kill()
         if self.ident: self.join(20)
 
-# %% ../nbs/tools/03_grading.ipynb #28f71623
+# %% ../nbs/tools/03_grading.ipynb #477ca3cd
 @cache
 def _grader():
     "A fingerprint of all that decides points beside submission, lab and secret: this library."
@@ -355,7 +294,7 @@ def _work(workers, done, n):
         for w in workers: w.finish()
     return problems
 
-# %% ../nbs/tools/03_grading.ipynb #cff25d44
+# %% ../nbs/tools/03_grading.ipynb #aabdd3c1
 def run_copies(
     copies:list, labs:dict, # `Copy`s; `Lab`s by name
     folder:Path, # gets <lab>/<student>.json
@@ -366,17 +305,20 @@ def run_copies(
     todo, done = queue.Queue(), queue.Queue()
     place = lambda c: (folder/c.lab/f'{c.student}.json', _key(c, labs[c.lab], secret, limits))
     left = [c for c in copies if _kept(*place(c)) is None]
-    if left:
-        with new_box() as box:
-            for name in sorted({c.lab for c in left}): labs[name].solve(box, secret)
     for c in left:
         place(c)[0].parent.mkdir(parents=True, exist_ok=True)
         todo.put((c, labs[c.lab], *place(c)))
-    problems = _work([_Worker(todo, done, new_box, secret) for _ in range(min(jobs, len(left)))], done, len(left))
+    box = new_box() if left else None
+    try:
+        for name in sorted({c.lab for c in left}): labs[name].solve(box, secret)
+        workers = [_Worker(todo, done, new_box, secret, box if i == 0 else None) for i in range(min(jobs, len(left)))]
+        problems = _work(workers, done, len(left))
+    finally:
+        if box: box.close()
     broken = lambda c: dict(student=c.student, lab=c.lab, file=c.file, remarks=[], broken=problems.get((c.student, c.lab), 'was not run'))
     return {(c.student, c.lab): _kept(*place(c)) or broken(c) for c in copies}
 
-# %% ../nbs/tools/03_grading.ipynb #bbe11fea
+# %% ../nbs/tools/03_grading.ipynb #ea9092c6
 def _short(nb):
     "Positions of the title and the marked cells, each with the text before it."
     at = [m.at for m in marks(nb)]
@@ -412,7 +354,7 @@ def executed(
             c['outputs'].append(new_output('error', ename=kind or 'Check', evalue=text or remark, traceback=told if r['status'] == 'error' else [remark or _complaint(r)]))
     return new
 
-# %% ../nbs/tools/03_grading.ipynb #97a1cdf5
+# %% ../nbs/tools/03_grading.ipynb #2af91ee1
 def _nbgrader():
     "nbgrader, with an error that says how to get it."
     try:
@@ -436,7 +378,7 @@ def _quiet():
             yield
     finally: log.setLevel(level)
 
-# %% ../nbs/tools/03_grading.ipynb #ae21e32e
+# %% ../nbs/tools/03_grading.ipynb #aa03bc0f
 def _settings(root, lab):
     "nbgrader's settings: nothing is run, nothing is cleared, nothing is cut out."
     from traitlets.config import Config
@@ -470,7 +412,7 @@ class _Step:
             self.step.convert_notebooks()
         finally: os.chdir(here)
 
-# %% ../nbs/tools/03_grading.ipynb #73e3904c
+# %% ../nbs/tools/03_grading.ipynb #9c111bf7
 def _write_nb(nb, path):
     import nbformat
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -497,7 +439,7 @@ def _new_lab(root, lab):
     _Step('GenerateAssignment', root, lab.name)('.')
     _mark_done(done, lab.key)
 
-# %% ../nbs/tools/03_grading.ipynb #720114b7
+# %% ../nbs/tools/03_grading.ipynb #3c70c359
 def book(
     root:Path, # nbgrader's course folder
     labs:dict, results:dict # of `run_copies`
@@ -515,7 +457,7 @@ def book(
             steps[lab](student)
             _mark_done(done(student, lab), r['key'])
 
-# %% ../nbs/tools/03_grading.ipynb #779b33b9
+# %% ../nbs/tools/03_grading.ipynb #c9fea823
 _HAND = 'student', 'lab', 'answer', 'text', 'points', 'max', 'comment', 'file'
 
 def _safe(text):
@@ -540,7 +482,7 @@ def read_hand(
         rows[row['student'], row['lab'], row['answer']] = dict(row, points=points)
     return rows
 
-# %% ../nbs/tools/03_grading.ipynb #990dad7a
+# %% ../nbs/tools/03_grading.ipynb #3e17d912
 def answers(
     labs:dict, results:dict,
     marked:dict=None # of `read_hand`
@@ -573,7 +515,7 @@ def mark_by_hand(root:Path, marks:pd.DataFrame):
             comment.manual_comment = row['comment'] or None
         gb.db.commit()
 
-# %% ../nbs/tools/03_grading.ipynb #5181915b
+# %% ../nbs/tools/03_grading.ipynb #919cb332
 def scores(
     root:Path, labs:dict, results:dict
 ) -> pd.DataFrame: # student, lab, exercise, kind, points (NaN: to be marked by hand), max, remark
@@ -607,7 +549,7 @@ def totals(
     wide.loc['(maximum)'] = most
     return wide.assign(total=wide.sum(axis=1)).reset_index()
 
-# %% ../nbs/tools/03_grading.ipynb #53f8ef2c
+# %% ../nbs/tools/03_grading.ipynb #becb4da3
 def questions(
     table:pd.DataFrame # of `scores`
 ) -> pd.DataFrame: # lab, exercise, n (copies with a mark), mean, solved, missed (shares), discrimination
@@ -638,7 +580,7 @@ def plot_questions(
     fig.suptitle('Which question everybody misses (left), which separates (right)')
     return fig
 
-# %% ../nbs/tools/03_grading.ipynb #ab119a3f
+# %% ../nbs/tools/03_grading.ipynb #5a1ae7dd
 def write_feedback(
     root:Path, # nbgrader's course folder
     out:Path, # gets <student>/<lab>.html
@@ -661,27 +603,18 @@ def write_feedback(
             with atomic(out/student/f'{lab}.html') as tmp: shutil.copyfile(root/'feedback'/student/lab/f'{lab}.html', tmp)
             _mark_done(done(student, lab), key)
 
-# %% ../nbs/tools/03_grading.ipynb #d2c11797
+# %% ../nbs/tools/03_grading.ipynb #50cbb828
 def read_labs(
-    folder:Path # notebooks of the course, with solutions
+    folder:Path=None # notebooks of the course, with solutions; nbs/ of the checkout if None
 ) -> dict: # name → `Lab`
-    "All notebooks of a folder that have a check or an answer."
-    import nbformat
-    folder, found = Path(folder), {}
-    if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder; expected the course\'s own notebooks (nbs/ of a checkout)')
-    for path in sorted(folder.glob('*.ipynb')):
-        lab = Lab(path.stem, nbformat.read(path, as_version=4))
-        if lab.marks: found[lab.name] = lab
-    if not found: raise ValueError(f'{folder}: no notebook has a check or an answer; expected the course\'s own notebooks (nbs/ of a checkout)')
-    return found
+    "The graded labs of the course; of a folder, all notebooks that have a check or an answer."
+    if folder is None: paths = [p for n, p in course_files(None).items() if n in LABS]
+    else: paths = sorted(Path(folder).glob('*.ipynb'))
+    every = [Lab(p.stem, read_notebook(p)) for p in paths]
+    if found := {lab.name: lab for lab in every if lab.marks}: return found
+    raise ValueError(f'{folder}: no notebook has a check or an answer; expected the course\'s own notebooks (nbs/ of a checkout)')
 
-def _own_labs():
-    "nbs/ of the checkout around this library or this folder."
-    for place in (Path(pcam_tp.__file__).resolve().parent.parent, Path.cwd(), Path.cwd().parent):
-        if (place/'nbs').is_dir() and (place/'settings.ini').is_file(): return place/'nbs'
-    raise FileNotFoundError('no checkout of the course is around: give the folder of its notebooks, with solutions, as `labs`')
-
-# %% ../nbs/tools/03_grading.ipynb #e178078d
+# %% ../nbs/tools/03_grading.ipynb #b50e3773
 def _write_table(table, path):
     with atomic(path) as tmp: table.to_csv(tmp, index=False, encoding='utf-8')
 
@@ -701,7 +634,7 @@ def _write_all(out, table, hand, problems, results):
         plt.close(fig)
     _write_table(table, out/'scores.csv')
 
-# %% ../nbs/tools/03_grading.ipynb #5606fd7b
+# %% ../nbs/tools/03_grading.ipynb #2778aae5
 def grade(
     inbox:Path, # folder of submissions, as `collect` reads it
     out:Path, # gets scores.csv, totals.csv, hand.csv, questions.csv and .png, files.csv, feedback/; results/ and gradebook/ to go on from
@@ -716,11 +649,11 @@ def grade(
     _nbgrader()
     inbox, out = Path(inbox), Path(out).resolve()
     hand = Path(hand) if hand else out/'hand.csv'
-    marked, labs = read_hand(hand) if hand.exists() else {}, read_labs(labs or _own_labs())
+    marked, labs = read_hand(hand) if hand.exists() else {}, read_labs(labs)
     copies, problems = collect(inbox, labs)
     if not copies: raise ValueError(f'{inbox}: no submission found. {_list(problems)}Expected <student>/<lab>.ipynb with a lab of {", ".join(labs)}')
     hidden = [p for p in (inbox.resolve(), out, Path(pcam_tp.__file__).resolve().parent.parent/'nbs') if p.is_dir()]
-    new_box = partial(Sandbox, sandbox, limits, hidden, sorted({i for l in labs.values() for i in _imports(l.nb)}))
+    new_box = partial(Sandbox, sandbox, limits, hidden, [imports_of(l.nb) for l in labs.values()])
     results = run_copies(copies, labs, out/'results', secret, new_box, jobs, limits)
     book(out/'gradebook', labs, results)
     by_hand = answers(labs, results, marked)
@@ -731,7 +664,7 @@ def grade(
     _say(table, results, problems, out)
     return table
 
-# %% ../nbs/tools/03_grading.ipynb #c90f59ef
+# %% ../nbs/tools/03_grading.ipynb #91243665
 def _list(problems, most=8):
     "Files that were not graded, in words."
     some = [f'{f}: {p}' for f, p in [*problems.items()][:most]]
