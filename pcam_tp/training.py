@@ -99,8 +99,15 @@ def predict_split(
 
 # %% ../nbs/foundation/14_training.ipynb #f7955983
 def _auc(y, p):
-    "AUC of probabilities (N, K): of the second class for two, else the mean of each class against the others."
-    return roc_auc(y, p[:, 1]) if p.shape[1] == 2 else macro_auc(y, p)
+    "AUC of probabilities (N, K): of the second class for two, else the mean of each class that is there against all."
+    if p.shape[1] == 2: return roc_auc(y, p[:, 1])
+    return macro_auc(*_of_present(y, p)) if len(np.unique(y)) > 1 else np.nan
+
+def _of_present(y, p):
+    "Labels, counted anew, and columns of the classes that a split has; a rare class may lie in another split."
+    if p.ndim == 1: return y, p
+    there, at = np.unique(y, return_inverse=True)
+    return at, p[:, there]
 
 def _validate(model, split):
     logits, y = predict_split(model, split), torch.from_numpy(split.y)
@@ -295,7 +302,8 @@ def results(
     correct = (predictions.pred == predictions.y).to_numpy().astype(float)
     options = dict(n_resamples=n_resamples or sizes().n_resamples,
                    by=None if predictions.slide.isna().any() else predictions.slide.to_numpy())
-    rows = dict(accuracy=interval(correct, **options), auc=auc_interval(y, p, **options),
+    if p.ndim == 2 and (n := len(np.unique(y))) < p.shape[1]: print(f'auc: the mean of {n} of {p.shape[1]} classes, those with patches')
+    rows = dict(accuracy=interval(correct, **options), auc=auc_interval(*_of_present(y, p), **options),
                 nll=interval(nll(y, p), **options),
                 calibration_error=calibration_interval(y, p, options['by']))
     return pd.DataFrame([dict(metric=k, **v._asdict()) for k, v in rows.items()])
@@ -318,5 +326,6 @@ def colour_auc(
 ): # the AUC with its interval, by slide where slides are known: see `stats.auc_interval`
     "What a classifier reaches that is blind to form: logistic regression on `colour_features`."
     by_colour = make_pipeline(StandardScaler(), LogisticRegression()).fit(colour_features(train.patches()), train.y)
-    p = by_colour.predict_proba(colour_features(test.patches()))
-    return auc_interval(test.y, p[:, 1] if p.shape[1] == 2 else p, by=test.slides)
+    p = np.zeros((len(test), len(test.classes)))
+    p[:, by_colour.classes_] = by_colour.predict_proba(colour_features(test.patches()))
+    return auc_interval(*_of_present(test.y, p[:, 1] if p.shape[1] == 2 else p), by=test.slides)
