@@ -70,6 +70,14 @@ def _swapped(text, old, to, folder='nbs', library=True):
 # %% ../nbs/tools/01_colab.ipynb #ad8d97ca
 _ASSETS = re.compile(r"on_colab\(assets='[^']*'")
 
+_BESIDE = re.compile(r'\]\((?=(?:foundation|tools)/[\w-]+\.ipynb)')
+
+def _library_links(text, cells):
+    "`text` whose relative links to foundation and tools lead to the repository that the first cell installs from."
+    pips = re.finditer(_PIP.format(r'([\w-]+)', r'([\w.-]+?)'), '\n'.join(cells))
+    for m in pips: return _BESIDE.sub(f'](https://github.com/{m[2]}/{m[3]}/blob/main/nbs/', text)
+    return text
+
 def _with_assets(text, assets):
     if assets is None: return text
     if re.search(r"['\"\\\s]", assets): raise ValueError(f'assets {assets!r}: an address has no blank and no quote')
@@ -87,10 +95,12 @@ def point_at(
 ) -> dict: # the notebook
     "Rewrite a notebook's badge, its links to other notebooks on Colab and its first cell."
     to, cells = _checked(Repository(owner, repo, branch)), nb['cells']
-    old = set().union(*(_named(''.join(c['source'])) for c in cells))
+    texts = [''.join(c['source']) for c in cells]
+    old = set().union(*map(_named, texts))
     if not old: raise ValueError('no badge and no install line of a repository in this notebook: nothing to point')
-    for c in cells:
-        text = _with_assets(_swapped(''.join(c['source']), old, to, folder, library), assets)
+    for c, text in zip(cells, texts):
+        text = _with_assets(_swapped(text, old, to, folder, library), assets)
+        if not library: text = _library_links(text, texts)
         c['source'] = text if isinstance(c['source'], str) else text.splitlines(keepends=True)
     return nb
 
@@ -126,7 +136,7 @@ def badges(
     assets:str=None, # address for the first cell of every notebook; None leaves it as it is, '' takes it out
     dry_run:bool=False # only say what would change
 ) -> dict: # file → number of changed lines
-    "Name your repository (and the files of your class) wherever a checkout names another; prints what it changes."
+    "Name your repository (and the files of your class) wherever a checkout names another."
     now = repository(folder)
     to = _checked(Repository(owner or now.owner, repo or now.name, branch or now.branch))
     texts = {f: f.read_text(encoding='utf-8') for f in _texts(folder)}
@@ -136,11 +146,11 @@ def badges(
     for f, text in texts.items():
         new = _renamed(f, text, old, to, assets)
         if new == text: continue
-        changed[f] = sum(a != b for a, b in zip(text.splitlines(), new.splitlines()))
-        print(f'{"would change" if dry_run else "changed"} {f.relative_to(folder)}: {changed[f]} lines')
+        changed[str(f.relative_to(folder))] = sum(a != b for a, b in zip(text.splitlines(), new.splitlines()))
         if not dry_run:
             with atomic(f) as tmp: tmp.write_text(new, encoding='utf-8', newline='')
-    print(f'{len(changed) or "no"} files {"would " * dry_run}name {to.owner}/{to.name}, branch {to.branch}, anew')
+    done = 'would change' if dry_run else 'changed'
+    print(f'{len(changed) or "no"} files {done}: the course is {to.owner}/{to.name}, branch {to.branch}')
     return changed
 
 # %% ../nbs/tools/01_colab.ipynb #d0ef545a
