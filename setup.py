@@ -5,10 +5,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-parser = ConfigParser(delimiters=['='], interpolation=None)
+parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 course = cfg['course_requirements'].split()   # what the notebooks import beside the library
+classroom = cfg['class_requirements'].split()   # what an instructor needs to release and grade
 
 setup(
     name=cfg['lib_name'],
@@ -26,5 +27,5 @@ setup(
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     entry_points=dict(console_scripts=[cfg['console_scripts']]),
-    extras_require=dict(course=course, dev=course + cfg['dev_requirements'].split()),
+    extras_require={'course': course, 'class': classroom, 'dev': course + classroom + cfg['dev_requirements'].split()},
 )

@@ -226,6 +226,16 @@ def take(self:Question,
         raise ValueError(f'{what} has {len(values)} entries: expected one for each of the {self.total} images')
     return values[self.rows] if self.times == 1 else values[[*self.row_numbers]]
 
+@patch(nm='baseline')
+def _own_baseline(self:Question, kind=None, seed=None):
+    "What hides the pixels of these images, (n, 3, H, W): see `baseline`; the question's own kind if None."
+    kind, seed = self.hides if kind is None else kind, self.seed if seed is None else seed
+    if isinstance(kind, (list, tuple)):
+        raise ValueError(f'baseline is a list of {len(kind)}: only integrated gradients take several')
+    if getattr(kind, 'ndim', 0) == 4 and len(kind) > 1: kind = self.take(kind, 'baseline')
+    return baseline(self.x, kind, seed).detach().contiguous(memory_format=torch.channels_last)
+
+# %% ../nbs/foundation/12_questions.ipynb #c7bf296f
 @patch(as_prop=True)
 def row_numbers(self:Question):
     "The place of each image among all that are explained."
@@ -240,15 +250,6 @@ def row_dice(seed:int, row:int, purpose:str) -> torch.Generator:
 def dice(self:Question, purpose:str):
     "A generator for each of these images: see `row_dice`."
     return [row_dice(self.seed, row, purpose) for row in self.row_numbers]
-
-@patch(nm='baseline')
-def _own_baseline(self:Question, kind=None, seed=None):
-    "What hides the pixels of these images, (n, 3, H, W): see `baseline`; the question's own kind if None."
-    kind, seed = self.hides if kind is None else kind, self.seed if seed is None else seed
-    if isinstance(kind, (list, tuple)):
-        raise ValueError(f'baseline is a list of {len(kind)}: only integrated gradients take several')
-    if getattr(kind, 'ndim', 0) == 4 and len(kind) > 1: kind = self.take(kind, 'baseline')
-    return baseline(self.x, kind, seed).detach().contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/foundation/12_questions.ipynb #b6c1c6d5
 def questions(
@@ -376,7 +377,7 @@ def but(self:Question, baseline):
 
 @patch
 def at(self:Question, images):
-    "The same question about other images of the same shape, or about k sets of them (k·n, 3, H, W), one after the other."
+    "The same question about other images of the same shape, or about several sets of them, one after the other."
     q, k = copy(self), len(images)//max(1, len(self.x))
     if len(images) != k*len(self.x): raise ValueError(f'{len(images)} images: expected sets of {len(self.x)}')
     q.x, q._kept = images.detach().to(self.x, memory_format=torch.channels_last), {}

@@ -143,8 +143,8 @@ def haas_controls(
     seed:int=0
 ) -> dict: # name → (N, H, W)
     "What HAAS owes to contrast, to the values of the map and to what all maps share: see `HAAS_CONTROLS`."
-    mixed = torch.stack([m.flatten()[torch.randperm(m.numel(), generator=row_dice(seed, i, 'maxs')).to(m.device)].view_as(m)
-                         for i, m in enumerate(a)])
+    drawn = (torch.randperm(a[0].numel(), generator=row_dice(seed, i, 'maxs')) for i in range(len(a)))
+    mixed = torch.stack([m.flatten()[order.to(m.device)].view_as(m) for m, order in zip(a, drawn)])
     return dict(zip(HAAS_CONTROLS, (a.mean((1, 2), keepdim=True).expand_as(a), mixed, other(a, seed))))
 
 # %% ../nbs/09c_robustness.ipynb #82b74093

@@ -1,14 +1,16 @@
 "The library is what the notebooks export, and the notebooks are clean, small and portable."
-import ast, json, os, re, shutil, sys
+import ast, functools, json, os, re, shutil, sys
 from pathlib import Path
 
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 from conftest import NOTEBOOKS, ROOT, run
+from pcam_tp.colab import repository
 
 MACHINE_PATH = re.compile(r'(?<![\w.:/~-])/(?:work|root|tmp|home|Users|content)/[\w.-]+')
-COLAB = re.compile(r'https://colab\.research\.google\.com/github/pcam-tp/pcam_tp/blob/main/([^)\s"]+)')
+OURS = repository(ROOT)   # as settings.ini says
+COLAB = re.compile(r'https://colab\.research\.google\.com/github/{}/{}/blob/{}/([^)\s"]+)'.format(*map(re.escape, OURS)))
 each_notebook = pytest.mark.parametrize('path', NOTEBOOKS.values(), ids=NOTEBOOKS)
 pytestmark = pytest.mark.xdist_group('export')   # one worker makes the copy
 
@@ -129,6 +131,15 @@ def test_cleaning_keeps_alternative_text(copy):
     assert cleaned['metadata'] == {} and not list(silent_pictures(outputs)), 'nbdev_clean drops alternative text'
 
 
+@functools.cache
+def first_cell():
+    "What every notebook runs first on Colab."
+    first = next(source for _, source, _ in cells(NOTEBOOKS['tools/01_colab']) if '%pip' in source)
+    at = '' if OURS.branch == 'main' else f'@{OURS.branch}'
+    assert f'%pip install -q "pcam_tp[course] @ git+https://github.com/{OURS.owner}/{OURS.name}{at}"\n' in first
+    return first
+
+
 @each_notebook
 def test_colab(path):
     "The badge opens this very notebook, other links one that is there; every bootstrap installs the same."
@@ -138,8 +149,8 @@ def test_colab(path):
     assert badge or path.parent != ROOT/'nbs', 'a notebook of the course has a badge'
     assert not badge or COLAB.findall(badge[1]) == [own], f'the badge opens {badge[1]}, not {own}'
     for link in links: assert (ROOT/link).exists(), f'a link opens {link}, which is not there'
-    installs = [l.strip() for _, source, _ in cells(path) for l in source.splitlines() if '%pip' in l]
-    assert installs == ['%pip install -q "pcam_tp[course] @ git+https://github.com/pcam-tp/pcam_tp"']
+    first = [source for _, source, _ in cells(path) if 'google.colab' in source and '%pip' in source]
+    assert first == [first_cell()], 'the first cell is that of tools/01_colab, and there is one'
 
 
 def test_readme_lists_every_notebook():

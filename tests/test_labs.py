@@ -2,7 +2,7 @@
 
     python tests/test_labs.py            a table of what each lab holds
     python tests/test_labs.py FOLDER     the same of the notebooks of another checkout"""
-import ast, json, re, sys
+import ast, json, re, symtable, sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
+if __name__ == '__main__': sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pcam_tp.classroom import ANSWER, CHECK, EXERCISE, HIDDEN, LABS, SOLUTION, made, outside, python
+
 ROOT = Path(__file__).resolve().parent.parent
-LABS = '00', '02', '03', '04', '05', '06', '07', '09'   # the numbers of the graded labs; 01, 08 and others are electives
-EXERCISE, CHECK = re.compile(r'#\| exercise: *([\w-]+)'), re.compile(r'#\| check: *([\w-]+), *points=(\d+)')
-ANSWER = re.compile(r'<!-- *answer: *([\w-]+), *points=(\d+)')
-SOLUTION = re.compile(r'^[ \t]*### BEGIN SOLUTION.*?^[ \t]*### END SOLUTION[^\n]*\n?', re.M | re.S)
 MINUTES, POINTS = re.compile(r'(\d+) minutes?\b'), re.compile(r'(\d+) points?\b')
 WORDS_A_MINUTE = 200
 
@@ -58,28 +57,49 @@ def guesses(lab): return [c for c in lab if c.kind == 'code' and re.search(r'^(p
 def report_lines(lab): return [l for c in lab if c.kind == 'code' for l in c.source.splitlines() if 'In your report' in l]
 
 
-def python(source):
-    "What IPython makes of a cell: magics become calls."
-    return ast.parse(TransformerManager().transform_cell(source))
-
-
 def stripped(source): return SOLUTION.sub('', source)
-
-
-def made(source):
-    "Names that a cell makes at its top level by `def`, `class` or `=`."
-    names = set()
-    for node in python(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names.add(node.name)
-        elif isinstance(node, ast.Assign): names |= {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-    return names
 
 
 def used(source):
     return {n.id for n in ast.walk(python(source)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
 
+def assigned(source):
+    "Global names that a cell makes, in whatever way."
+    top = symtable.symtable(TransformerManager().transform_cell(source), 'cell', 'exec')
+    return {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
+
+
+def lives_on(names, cells):
+    "(cell, those of `names` that it reads) of the first cells that read one of them before a cell makes it again."
+    for c in cells:
+        if found := names & outside(c.source): yield c, sorted(found)
+        names = names - assigned(c.source)
+
+
+DEFINES = ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef
+
+
+def without_data(lab, names):
+    "Those of `names` that neither imports nor definitions of the cells make; definitions are followed."
+    made, left = {}, set()
+    for node in (n for c in lab if c.kind == 'code' and not c.first(CHECK) for n in python(c.source).body):
+        if isinstance(node, DEFINES) or isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.Dict)):
+            text = ast.unparse(node)
+            for name in assigned(text): made[name] = set() if isinstance(node, DEFINES[:2]) else outside(text)
+        else: left |= assigned(ast.unparse(node))
+    todo, seen, bad = set(names), set(), set()
+    while todo:
+        seen.add(name := todo.pop())
+        if name in made: todo |= made[name] - seen
+        elif name in left: bad.add(name)
+    return bad
+
+
 each_lab = pytest.mark.parametrize('number', [n for n in LABS if n in course()])
+
+
+graded = pytest.mark.parametrize('number', [n for n in LABS if n in course() and 'SECRET' in course()[n].read_text()])
 
 
 def test_all_labs_are_there(): assert not set(LABS) - set(course())
@@ -145,6 +165,47 @@ def test_nothing_rests_on_an_answer(number):
                 own = again
 
 
+def test_teachers_are_told_the_points():
+    text = (ROOT/'TEACHING.md').read_text(encoding='utf-8')
+    told = {m[1]: int(m[2]) for m in re.finditer(r'^\| (\d\d) [^|]+\| *\d+ *\| *(\d+) *\|', text, re.M)}
+    found = {n: shape(course()[n])['points'] for n in LABS}
+    assert told == found and f'({sum(found.values())} over eight labs)' in text
+
+
+@graded
+def test_a_check_helps_and_a_hidden_one_decides(number):
+    "Its visible part stands in `trying`, so that it stops nobody; the hidden part draws from SECRET and ends in `values`."
+    lab = cells(course()[number])
+    for name, _, _, check in holes(lab):
+        visible, (hidden,) = HIDDEN.sub('', check.source), HIDDEN.findall(check.source)
+        assert f"with trying('{name}'):" in visible, f'{name}: no "with trying(\'{name}\'):"'
+        checks = [n for n in python(visible).body if isinstance(n, (ast.Assert, ast.Raise))]
+        assert not checks, f'{name}: an assert outside of `trying` would stop Run all'
+        assert len(re.findall(r'^SECRET = 0\b', hidden, re.M)) == 1, f'{name}: expected one line "SECRET = 0"'
+        assert len(re.findall(r'\bSECRET\b', hidden)) >= 2, f'{name}: the hidden part draws nothing from SECRET'
+        assert re.search(r'^values = ', hidden, re.M), f'{name}: the hidden part ends in no "values = …"'
+
+
+@graded
+def test_nothing_rests_on_a_check(number):
+    "A student's copy has no hidden part, and its visible part may have broken off."
+    lab = cells(course()[number])
+    for name, _, _, check in holes(lab):
+        later = [c for c in lab if c.kind == 'code' and c.number > check.number]
+        for c, found in lives_on(assigned(check.source), later):
+            pytest.fail(f'cell {c.number} uses {found}, which the check of {name} makes or overwrites')
+
+
+@graded
+def test_an_exercise_needs_no_data(number):
+    "It is graded without data, network or GPU: all that it needs are imports and definitions."
+    lab = cells(course()[number])
+    for name, _, exercise, check in holes(lab):
+        above = [c for c in lab if c.number < check.number and c is not exercise]
+        bad = without_data(above, outside(exercise.source + '\n' + check.source))
+        assert not bad, f'{name} needs {sorted(bad)}, which an earlier cell computes'
+
+
 def test_the_reader():
     "What the tests above would not see if the reader were blind."
     source = 'def f(x):\n    "Twice."\n    ### BEGIN SOLUTION\n    return 2*x\n    ### END SOLUTION\n'
@@ -155,6 +216,11 @@ def test_the_reader():
     (name, text, exercise, check), = holes(lab)
     assert (name, exercise.number, check.number, POINTS.search(text)[1]) == ('two', 3, 4, '2') and text.endswith('b')
     assert made(source) == {'f'} and used('print(f(2))') == {'print', 'f'}
+    assert outside('y = x + 1\ndef f(a): return a + b\nwith w as v: z = v') == {'x', 'b', 'w'}
+    later = [Cell(5, 'code', 'm = 1'), Cell(6, 'code', 'print(m, k)'), Cell(7, 'code', 'k = 2'), Cell(8, 'code', 'k')]
+    assert [(c.number, found) for c, found in lives_on({'m', 'k'}, later)] == [(6, ['k'])]
+    lab = [Cell(1, 'code', 'import a\nd = load()\ndef g(x): return h(x)\ndef h(x): return x + d\nK = {1: 2}')]
+    assert without_data(lab, {'a', 'K'}) == set() and without_data(lab, {'g'}) == {'d'}
     assert len(guesses([Cell(1, 'code', '# think\npredicted = .5')])) == 1
 
 
