@@ -66,7 +66,8 @@
 # %% share-axis
 # the share that is still visible
     shares = torch.stack([(m < t).float().mean() for t in thresholds])
-    return torch.trapezoid(torch.cat([scores, torch.tensor([float(before)])]), torch.cat([1 - shares, torch.zeros(1)])).item()
+    x, y = torch.cat([1 - shares, torch.zeros(1)]), torch.cat([scores, torch.tensor([float(before)])])
+    return torch.trapezoid(y, x).item()
 
 # %% srg-chance
 # the insertion curve is not turned round
