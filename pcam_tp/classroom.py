@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['LABS', 'EXERCISE', 'CHECK', 'ANSWER', 'KINDS', 'SOLUTION', 'HIDDEN', 'MODEL', 'YOUR_CODE', 'YOUR_ANSWER', 'SECRET',
            'TOLERANCE', 'TRIED', 'Mark', 'marks', 'python', 'stub', 'made', 'repair', 'stamp', 'outside', 'imports_of',
-           'setup_of', 'grading_copy', 'with_secret', 'wrong_answers', 'answered', 'agree', 'Outcome', 'attempt',
-           'Trial', 'weaknesses', 'leaning', 'folded', 'student_copy', 'edited', 'course_files', 'read_notebook',
-           'release', 'check']
+           'setup_of', 'with_secret', 'wrong_answers', 'answered', 'agree', 'Outcome', 'attempt', 'Trial', 'weaknesses',
+           'leaning', 'folded', 'student_copy', 'edited', 'course_files', 'read_notebook', 'release', 'check']
 
 # %% ../nbs/tools/02_classroom.ipynb #e125839b
 import ast, contextlib, copy, functools, hashlib, io, json, re, shutil, symtable, uuid
@@ -269,21 +268,6 @@ def setup_of(
     kept, missing = _needed(nodes, names)
     return '\n\n'.join(ast.unparse(nodes[j]) for j in kept), missing
 
-# %% ../nbs/tools/02_classroom.ipynb #4bf29ea8
-def grading_copy(
-    nb # a stamped submission, or a lab
-):
-    "The cells that are run and marked, and what they stand on; nothing else of the notebook."
-    new_code_cell = _nbformat().v4.new_code_cell
-    new, found = copy.deepcopy(nb), {m.at: m for m in marks(nb)}
-    cells = [new_code_cell(imports_of(nb))]
-    for i, m in found.items():
-        if m.kind == 'exercise' and (source := setup_of(nb, m.name)[0]): cells.append(new_code_cell(source))
-        cells.append(new['cells'][i])
-    for i, c in enumerate(cells): c['id'] = f'cell-{i}'
-    new['cells'] = cells
-    return new
-
 # %% ../nbs/tools/02_classroom.ipynb #4f44f2ae
 SECRET = re.compile(r'^([ \t]*SECRET *= *)0\b', re.M)
 TOLERANCE = re.compile(r'# *values: *rtol *= *([\d.e+-]+), *atol *= *([\d.e+-]+)')
@@ -506,7 +490,6 @@ def folded(
 
 # %% ../nbs/tools/02_classroom.ipynb #26ddf7f7
 _WHERE = 'Write where it says `# YOUR CODE HERE` or *Your answer:*, in that cell: only these cells are collected.'
-_COPY = f'*This is your copy.* {_WHERE} [Is something unclear, or wrong?]({{url}})'
 
 # %% ../nbs/tools/02_classroom.ipynb #c7f27b97
 def student_copy(
@@ -529,7 +512,8 @@ def student_copy(
     new = _nbformat().from_dict(copy.deepcopy(dict(nb, cells=cells)))
     point_at(new, *to, folder=folder, library=False, assets=assets)
     url = f'https://github.com/{to.owner}/{to.name}/issues/new?title={quote(name + ": ")}'
-    new['cells'][0]['source'] += '\n\n' + _COPY.format(url=url)
+    where = f'*This is your copy.* {_WHERE} ' if marks(nb) else ''
+    new['cells'][0]['source'] += f'\n\n{where}[Is something unclear, or wrong?]({url})'
     return new
 
 # %% ../nbs/tools/02_classroom.ipynb #762d3757
