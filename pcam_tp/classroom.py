@@ -370,7 +370,7 @@ def _of_solution(t, solved):
     if not SECRET.search(hidden): yield 'no line "SECRET = 0" in its hidden tests: inputs must be drawn from it'
     for secret, s in solved.items():
         if s.told: yield f'the solution fails the visible check: {s.told}'
-        if s.error: yield f'the solution fails the hidden tests (SECRET = {secret}): {s.error}'
+        elif s.error: yield f'the solution fails the hidden tests (SECRET = {secret}): {s.error}'
         elif s.values is None or 'values' not in hidden: yield 'its hidden tests leave no `values` to compare'
         else: continue
         return
@@ -634,7 +634,7 @@ def release(
     names, contents, rows = zip(*(_released(p, to, folder, assets) for p in chosen))
     table = pd.DataFrame(rows)
     _put(dict(zip(names, contents)) | {'README.md': _read_me(table, to, folder).encode()}, out)
-    print(f'{len(names)} notebooks in {out}; badges open {to.owner}/{to.name}, branch {to.branch}, folder "{folder}"')
+    print(f'{len(names)} notebook{"s"*(len(names) > 1)} in {out.name}/; badges open {to.owner}/{to.name}, branch {to.branch}, folder "{folder}"')
     return table
 
 # %% ../nbs/tools/02_classroom.ipynb #9181885d
