@@ -227,7 +227,7 @@ def _assets(out:_Out, n:_Each=(8_000, 2_000, 2_000), models:_Models=['small_cnn'
     setup()
     return write_assets(out, n, models, seed)
 
-# %% ../nbs/tools/09_cli.ipynb #0cef7bb7
+# %% ../nbs/tools/09_cli.ipynb #54cf350b
 _Nbs = Annotated[Optional[Path], Option(help='Folder of the notebooks; nbs/ of this checkout if not given.')]
 
 @command(course, examples="""course release ../class-2027/labs --owner ada --repo class-2027
@@ -237,7 +237,7 @@ def _release(
     owner:Annotated[Optional[str], Option(help="Of the students' repository; settings.ini says it if not given.")]=None,
     repo:Annotated[Optional[str], Option(help='Its name.')]=None,
     branch:Annotated[str, Option(help='Its branch.')]='main',
-    folder:Annotated[Optional[str], Option(help="Of the copies in it; OUT's own name if not given, '' for the top.")]=None,
+    folder:Annotated[Optional[str], Option(help="Of the copies in it; OUT's own name if not given.")]=None,
     assets:Annotated[Optional[str], Option(help="Address of your class's files, for the first cell.")]=None,
     electives:Annotated[bool, Option('--electives', help='The other notebooks of the course as well.')]=False,
     nbs:_Nbs=None
@@ -246,7 +246,7 @@ def _release(
     from pcam_tp.classroom import release
     return release(out, owner, repo, branch, folder, assets, electives, nbs)
 
-# %% ../nbs/tools/09_cli.ipynb #4b5c7cd0
+# %% ../nbs/tools/09_cli.ipynb #227ede7a
 @command(course, examples="""course check
                              course check 03 07 --released ../class-2027/labs""")
 def _check(
