@@ -49,9 +49,9 @@ _COLAB = r'(colab\.research\.google\.com/github/){0}/{1}/blob/(?:[\w.-]+/)*?((?:
 _PIP = r'(git\+https://github\.com/){0}/{1}(?:@[\w./-]+)?(?=[\\"\s]|$)'
 _LINK, _PAGES = r'((?<!git\+https://)github\.com/){0}/{1}(?![\w-])', r'(//){0}(\.github\.io)'
 
-def _named(text):
+def _named(text, where=(_COLAB, _PIP)):
     "(owner, name) of the repositories that badges and install lines name."
-    return {m.group(2, 3) for p in (_COLAB, _PIP) for m in re.finditer(p.format(r'([\w-]+)', r'([\w.-]+?)'), text)}
+    return {m.group(2, 3) for p in where for m in re.finditer(p.format(r'([\w-]+)', r'([\w.-]+?)'), text)}
 
 # %% ../nbs/tools/01_colab.ipynb #386ae1cb
 def _swapped(text, old, to, folder='nbs', library=True):
@@ -141,7 +141,7 @@ def badges(
     to = _checked(Repository(owner or now.owner, repo or now.name, branch or now.branch))
     texts = {f: f.read_text(encoding='utf-8') for f in _texts(folder)}
     books = [t for f, t in texts.items() if f.suffix == '.ipynb' and f.parent.relative_to(folder).parts[:1] == ('nbs',)]
-    old = {now[:2]}.union(*map(_named, books)) if books else {now[:2]}
+    old = {now[:2]}.union(*(_named(t, [_PIP]) for t in books))
     changed = {}
     for f, text in texts.items():
         new = _renamed(f, text, old, to, assets)

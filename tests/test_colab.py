@@ -90,7 +90,7 @@ def test_first_cell(web, tmp_path):
     "Installed once, files fetched before anything else, the network of the class kept on Drive for the next machine."
     address, asked = web
     cell = first_cell(assets=address)
-    kept = cell.replace('drive=False', 'drive=True')
+    kept = cell.replace('keep_on_drive = False', 'keep_on_drive = True')
     assert kept != cell
     said, last = machine(tmp_path/'one', [kept, kept], tmp_path/'drive')   # run twice by an impatient student
     assert last == dict(pips=[f'install -q "pcam_tp[course] @ git+https://github.com/{OURS.owner}/{OURS.name}"'], assets=address)
@@ -99,7 +99,7 @@ def test_first_cell(web, tmp_path):
     assert asked.count(f'/{ASSETS}') == 1 and (tmp_path/'drive'/'MyDrive'/'pcam_tp'/'models'/'small_cnn-of-the-class').is_dir()
     assert not list((tmp_path/'drive').rglob('*.h5')), 'patches are read at random: not from Drive'
 
-    alone = first_cell().replace('drive=False', 'drive=True')   # the next day, without the class's files
+    alone = first_cell().replace('keep_on_drive = False', 'keep_on_drive = True')   # the next day, without the class's files
     said, last = machine(tmp_path/'two', [alone], tmp_path/'drive', gpu=True)
     assert 'patches: synthetic · trained networks that are here: 1' in said and 'GPU' not in said
     assert last['assets'] is None and 'source synthetic' in said
@@ -108,7 +108,7 @@ def test_first_cell(web, tmp_path):
 
 def test_first_cell_goes_on(tmp_path):
     "Neither a wrong address nor a refused Drive stops the lesson; both are said."
-    cell = first_cell(assets='http://127.0.0.1:9').replace('drive=False', 'drive=True')
+    cell = first_cell(assets='http://127.0.0.1:9').replace('keep_on_drive = False', 'keep_on_drive = True')
     said, last = machine(tmp_path/'one', [cell], tmp_path/'drive', refuses=True)
     assert 'No Drive (ValueError: mount failed)' in said and 'does not answer' in said
     assert 'source synthetic' in said and said.count('SYNTHETIC') == 1
