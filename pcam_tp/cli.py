@@ -264,5 +264,20 @@ def _check(
     n = len(labs or LABS)
     return f'{n} lab{"s"*(n > 1)}: right answers pass, empty holes and known slips fail, spoiled copies are repaired'
 
+# %% ../nbs/tools/09_cli.ipynb #f0dbb61d
+@command(course, examples="""course badges --owner ada --repo xai-course
+                             course badges --assets https://example.org/class --dry-run""")
+def _badges(
+    owner:Annotated[Optional[str], Option(help='Whose fork; as in settings.ini if not given.')]=None,
+    repo:Annotated[Optional[str], Option(help='Its name.')]=None,
+    branch:Annotated[Optional[str], Option(help='Its branch.')]=None,
+    assets:Annotated[Optional[str], Option(help="Address of your class's files, for the first cells; '' takes it out.")]=None,
+    folder:Annotated[Path, Option(help='The checkout.')]=Path('.'),
+    dry_run:Annotated[bool, Option('--dry-run', help='Only say what would change.')]=False
+):
+    "Name your repository in badges, first cells and links; tells how many lines of each file it changes."
+    from pcam_tp.colab import badges
+    return badges(folder, owner, repo, branch, assets, dry_run)
+
 # %% ../nbs/tools/09_cli.ipynb #a7729272
 if __name__ == '__main__' and __spec__: main()   # not in a notebook
