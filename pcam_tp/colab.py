@@ -162,14 +162,15 @@ _NO_GPU = ('⚠ This machine has no GPU. The labs run without one; a training ta
 def on_colab(
     assets:str='', # address of your class's files (`pcam-tp assets`); '' if there are none
     drive:bool=False # keep networks and figures on your Google Drive, in the folder pcam_tp; asks for permission
-) -> dict: # variables for `os.environ`: they tell the library where the files of the class are
+) -> dict: # variables for `os.environ`: where the files of the class are, and the budget of its networks
     "Begin on a new Colab machine: Drive, the files of the class, a word about the GPU."
     if drive: _keep_on_drive()
     found = assets_or_synthetic(assets) if (assets := assets or assets_address()) else None
     n = sum(f.is_dir() for f in home('data', 'models').glob('[!.]*'))
+    trained = {f.name.split('-assets-')[1].split('-')[0] for f in (found/'models').glob('*-assets-*')} if found else ()
     print(f'patches: {"the files of your class" if found else "synthetic"} · trained networks that are here: {n}')
     if not torch.cuda.is_available(): print(_NO_GPU)
-    return dict(PCAM_TP_ASSETS=assets) if assets else {}
+    return ({'PCAM_TP_ASSETS': assets} if assets else {}) | {'PCAM_TP_BUDGET': b for b in trained}
 
 # %% ../nbs/tools/01_colab.ipynb #13238024
 def _keep_on_drive():
