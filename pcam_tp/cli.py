@@ -271,7 +271,7 @@ def _badges(
     owner:Annotated[Optional[str], Option(help='Whose fork; as in settings.ini if not given.')]=None,
     repo:Annotated[Optional[str], Option(help='Its name.')]=None,
     branch:Annotated[Optional[str], Option(help='Its branch.')]=None,
-    assets:Annotated[Optional[str], Option(help="Address of your class's files, for the first cells; '' takes it out.")]=None,
+    assets:Annotated[Optional[str], Option(help="Address of your class's files, for the first cells.")]=None,
     folder:Annotated[Path, Option(help='The checkout.')]=Path('.'),
     dry_run:Annotated[bool, Option('--dry-run', help='Only say what would change.')]=False
 ):
