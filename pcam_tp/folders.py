@@ -6,7 +6,7 @@
 __all__ = ['FITS', 'IMAGES', 'CARD', 'read_image', 'Item', 'split_groups', 'Import', 'read_import', 'import_folder',
            'import_table', 'import_parquet', 'import_any']
 
-# %% ../nbs/foundation/16_folders.ipynb #dab95bc4
+# %% ../nbs/foundation/16_folders.ipynb #19995426
 import csv, hashlib, io, itertools, json, os, re, shutil
 from array import array
 from collections import Counter, deque
@@ -30,7 +30,7 @@ from .core import atomic, fingerprint, make_once, progress
 from .data import to_float
 from .release import CLASSES, CLASSES_FILE, SIDE, SPLITS, raw_file
 
-# %% ../nbs/foundation/16_folders.ipynb #f49a39a2
+# %% ../nbs/foundation/16_folders.ipynb #ba43891c
 def _to_bytes(a):
     "Grey values of 16 bits, or floats in [0, 1], as bytes."
     low, high = float(a.min()), float(a.max())
@@ -39,7 +39,7 @@ def _to_bytes(a):
     expected = 'floats in [0, 1]' if a.dtype.kind == 'f' else 'integers from 0 to 65,535'
     raise ValueError(f'values from {low:.6g} to {high:.6g} ({a.dtype}): expected bytes, or {expected}; convert it first')
 
-# %% ../nbs/foundation/16_folders.ipynb #e6acb48b
+# %% ../nbs/foundation/16_folders.ipynb #9180093e
 def _rgb(im):
     "A PIL image as RGB bytes, and notes on what was done to it."
     notes, pages = [], getattr(im, 'n_frames', 1)
@@ -57,7 +57,7 @@ def _rgb(im):
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
     return im.convert('RGB'), notes
 
-# %% ../nbs/foundation/16_folders.ipynb #52a93e45
+# %% ../nbs/foundation/16_folders.ipynb #16dae547
 def _decoded(data):
     "RGB image and notes of a path, a file or bytes. Raises `ValueError` with the reason."
     try:
@@ -67,7 +67,7 @@ def _decoded(data):
         reason = str(e).split(' <_io')[0].replace(f" '{data}'", '') if not isinstance(data, bytes) else 'from bytes'
         raise ValueError(f'not a readable image ({type(e).__name__}: {reason})') from e
 
-# %% ../nbs/foundation/16_folders.ipynb #4ead4285
+# %% ../nbs/foundation/16_folders.ipynb #b381fc96
 FITS = 'crop', 'pad'
 def _edge_colour(im):
     a = np.asarray(im)
@@ -79,7 +79,7 @@ def _square(im, size, fit):
     if fit == 'crop': return ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
     return ImageOps.pad(im, (size, size), Image.Resampling.BICUBIC, color=_edge_colour(im))
 
-# %% ../nbs/foundation/16_folders.ipynb #f33a436c
+# %% ../nbs/foundation/16_folders.ipynb #c84f607b
 def _as_pil(a):
     "An array of an image as a PIL image; channels may be first."
     a = np.asarray(a)
@@ -90,7 +90,7 @@ def _as_pil(a):
         raise ValueError(f'image is an array {a.shape}: expected (H, W), (H, W, 3), (H, W, 4) or (3, H, W), one image')
     return Image.fromarray(np.ascontiguousarray(a if a.dtype == np.uint8 else _to_bytes(a)))
 
-# %% ../nbs/foundation/16_folders.ipynb #509780a2
+# %% ../nbs/foundation/16_folders.ipynb #70f12bba
 def _any_image(image):
     if isinstance(image, Image.Image): return _rgb(image)[0]
     if torch.is_tensor(image): image = image.detach().cpu().numpy()
@@ -112,14 +112,14 @@ def read_image(
     "One image as a network or an explainer takes it, in steps of 1/255. `ValueError` says what cannot be read."
     _check_size(size or 1, fit)
     im = _any_image(image)
-    return to_float(np.asarray(im if size is None else _square(im, size, fit))[None], device)
+    return to_float(np.array(im if size is None else _square(im, size, fit))[None], device)
 
-# %% ../nbs/foundation/16_folders.ipynb #29fb34f4
+# %% ../nbs/foundation/16_folders.ipynb #c6ec0e09
 def _check_size(size, fit):
     if fit not in FITS: raise ValueError(f'fit is {fit!r}: expected one of {", ".join(map(repr, FITS))}')
     if not 1 <= size <= 4096: raise ValueError(f'size is {size}: expected pixels along a side, 1 to 4,096')
 
-# %% ../nbs/foundation/16_folders.ipynb #14ce6797
+# %% ../nbs/foundation/16_folders.ipynb #7f78af56
 class Item(NamedTuple):
     "One image of a source, before it is read."
     name: str # unique, e.g. the path below the source
@@ -133,7 +133,7 @@ IMAGES = '.bmp .png .jpg .jpeg .tif .tiff .webp .gif .ppm .pgm'.split()
 _SPLIT_WORDS = dict(train='train', training='train', valid='valid', val='valid', validation='valid', dev='valid',
                     test='test', testing='test')
 
-# %% ../nbs/foundation/16_folders.ipynb #ac42c29b
+# %% ../nbs/foundation/16_folders.ipynb #f5e88e56
 def _hidden(name): return name.startswith('.') or name == '__MACOSX'
 
 def _files(root, below=''):
@@ -146,14 +146,14 @@ def _files(root, below=''):
 
 def _folders(root): return sorted(e.name for e in os.scandir(root) if e.is_dir() and not _hidden(e.name))
 
-# %% ../nbs/foundation/16_folders.ipynb #a719815b
+# %% ../nbs/foundation/16_folders.ipynb #33b96c93
 def _unusable(name, only):
     "Why a file is no image of a data set, or ''."
     if any(map(_hidden, name.split('/'))): return 'hidden'
     if (ending := Path(name).suffix.lower()) not in IMAGES: return f'not an image ({ending or "no ending"})'
     return 'not matched by `only`' if only and not re.search(only, name) else ''
 
-# %% ../nbs/foundation/16_folders.ipynb #f1bc24cd
+# %% ../nbs/foundation/16_folders.ipynb #cedf8ede
 def _grouper(pattern):
     "A function from a name to its group, '' where the pattern is not found."
     if pattern is None: return lambda name: ''
@@ -164,7 +164,7 @@ def _grouper(pattern):
                          r"e.g. r'-(?P<group>\d+-\d+)' for SOB_B_A-14-22549AB-400-007.png")
     return lambda name: found['group'] or '' if (found := p.search(name)) else ''
 
-# %% ../nbs/foundation/16_folders.ipynb #1bdffe9a
+# %% ../nbs/foundation/16_folders.ipynb #d7478ee7
 class _Folder:
     "A folder of class folders as a source."
     classes, pcam, hint = None, False, "say where their names stand: group=r'…(?P<group>…)…'"
@@ -187,7 +187,7 @@ class _Folder:
     def example(self): return f'it is looked for in names such as {next(i.name for i in self.items() if not i.why)}'
     def facts(self): return ''
 
-# %% ../nbs/foundation/16_folders.ipynb #76c232ce
+# %% ../nbs/foundation/16_folders.ipynb #dcc940dd
 def _stamp(item):
     if isinstance(item.data, Path) and not item.why: return item.data.stat()[6], item.data.stat().st_mtime_ns
     return len(item.data) if isinstance(item.data, bytes) else 0, item.why
@@ -207,7 +207,7 @@ def _surveyed(source, n_splits):
     _check_groups(source, groups, n_splits)
     return n, seen, h.hexdigest()[:10]
 
-# %% ../nbs/foundation/16_folders.ipynb #3cb29d0a
+# %% ../nbs/foundation/16_folders.ipynb #17158c1e
 def _check_classes(source, seen):
     "Raise `ValueError` unless there are 2 to 256 classes."
     if len(seen) > 256: raise ValueError(f'{source.root} has {len(seen)} classes: expected at most 256, one byte a label')
@@ -217,7 +217,7 @@ def _check_classes(source, seen):
     found = f'one class only ({next(iter(seen))})' if seen else 'no images in class folders'
     raise ValueError(f'{source.root} has {found}: expected at least two, as folder/class/image.png{hint}')
 
-# %% ../nbs/foundation/16_folders.ipynb #d2950b66
+# %% ../nbs/foundation/16_folders.ipynb #f7f8a16c
 def _check_groups(source, groups, n_splits):
     "Raise `ValueError` for a pattern that is never found, and for fewer groups than splits."
     if source.group is None: return
@@ -227,7 +227,7 @@ def _check_groups(source, groups, n_splits):
         raise ValueError(f'{source.root}: {known} groups ({", ".join(sorted(groups)[:5])}) by {source.by} for '
                          f'{n_splits} splits: expected at least one group for each')
 
-# %% ../nbs/foundation/16_folders.ipynb #12f9042c
+# %% ../nbs/foundation/16_folders.ipynb #8cdad2e7
 def _dealt(count, want, order):
     "The part (G,) of each group, −1 for those not in `order`, one after the other where it mends most: by chi squared."
     have, total, share = np.zeros_like(want), count.sum(0).clip(1), want.sum(1)/want.sum()
@@ -244,7 +244,7 @@ def _quotas(need, n):
     left = n - int(np.floor(share).sum())
     return np.floor(share).astype(int) + np.isin(np.arange(len(need)), np.argsort(np.floor(share) - share, kind='stable')[:left])
 
-# %% ../nbs/foundation/16_folders.ipynb #eb6dcb84
+# %% ../nbs/foundation/16_folders.ipynb #00f8a985
 def _with_singles(to, have, count, want, rng):
     "Deal the groups of one image, class by class, to the parts that lack them."
     to, have, single = to.copy(), have.copy(), np.flatnonzero(to < 0)
@@ -269,7 +269,7 @@ def _miss(have, want, groups_of_class):
     lost = (have == 0) & (groups_of_class >= len(want))
     return (((have - want)/total)**2).sum() + lost.sum() + 9*((have[0] == 0) & (total > 0)).sum()
 
-# %% ../nbs/foundation/16_folders.ipynb #aecd4599
+# %% ../nbs/foundation/16_folders.ipynb #184511c6
 def split_groups(
     y, # classes (N,), integers from 0
     groups, # slide or patient of each image (N,), integers or texts
@@ -296,7 +296,7 @@ def _best_deal(count, want, rng):
         if best is None or _miss(have, want, per_class) < best[0]: best = _miss(have, want, per_class), to
     return _filled(best[1], count, len(want))
 
-# %% ../nbs/foundation/16_folders.ipynb #832cca47
+# %% ../nbs/foundation/16_folders.ipynb #11e8c82c
 def _joined_groups(groups, digests):
     "Groups (N,) as integers, those that share a digest made one."
     g, d = (np.unique(a, return_inverse=True)[1] for a in (groups, digests))
@@ -304,7 +304,7 @@ def _joined_groups(groups, digests):
     links = coo_array((np.ones(len(g), bool), (g, n + d)), shape=(n + d.max() + 1,)*2)
     return connected_components(links, directed=False)[1][:n][g]
 
-# %% ../nbs/foundation/16_folders.ipynb #304c8c90
+# %% ../nbs/foundation/16_folders.ipynb #80246d3c
 def _prepared(item, size, fit):
     "The bytes of an image and its line in the journal; no bytes for a skipped one."
     line = item._asdict() | dict(data=None)
@@ -328,7 +328,7 @@ def _in_order(f, items, ahead=64):
             if len(coming) > ahead: yield coming.popleft().result()
         while coming: yield coming.popleft().result()
 
-# %% ../nbs/foundation/16_folders.ipynb #290a0fd9
+# %% ../nbs/foundation/16_folders.ipynb #23d0eac6
 class _Stage:
     "Decoded bytes and journal of an import that is not finished."
     def __init__(self, folder, row_bytes):
@@ -353,7 +353,7 @@ class _Stage:
         self.journal.write(json.dumps(line).encode() + b'\n'); self.journal.flush()
     def close(self): self.pixels.close(); self.journal.close()
 
-# %% ../nbs/foundation/16_folders.ipynb #719a911d
+# %% ../nbs/foundation/16_folders.ipynb #1e275bfd
 def _staged(source, n, folder, size, fit):
     "All images of a source on disk, going on where the last attempt stopped."
     stage = _Stage(folder, size*size*3)
@@ -362,7 +362,7 @@ def _staged(source, n, folder, size, fit):
     for pixels, line in bar: stage.add(pixels, line)
     return stage
 
-# %% ../nbs/foundation/16_folders.ipynb #805f718e
+# %% ../nbs/foundation/16_folders.ipynb #ac8f2862
 def _ordered(names):
     "Class names in the order of their labels."
     return tuple(sorted(names, key=float if all(re.fullmatch(r'-?\d+(\.\d+)?', n) for n in names) else str))
@@ -373,7 +373,7 @@ def _names(source, seen, size):
     if shown == CLASSES and not (source.pcam and size == SIDE): shown = tuple(f'{c} image' for c in shown)
     return found, shown
 
-# %% ../nbs/foundation/16_folders.ipynb #705b2ada
+# %% ../nbs/foundation/16_folders.ipynb #b431d635
 class _Kept(NamedTuple):
     "What is known of the kept images, one entry each."
     y: np.ndarray # label
@@ -399,7 +399,7 @@ def _kept(stage, found):
         start = end
     return _Kept(*map(np.array, columns)), facts | Counter({('lone', ''): lone}), len(groups)
 
-# %% ../nbs/foundation/16_folders.ipynb #da86fcb3
+# %% ../nbs/foundation/16_folders.ipynb #4e1fd05c
 def _assigned(kept, shares, seed):
     "The number of the split of each image."
     group, split = _joined_groups(kept.group, kept.digest), kept.split.copy()
@@ -415,7 +415,7 @@ def _across(split, key):
     seen[at, split] = True
     return int((seen.sum(1) > 1)[at].sum())
 
-# %% ../nbs/foundation/16_folders.ipynb #8929a7b6
+# %% ../nbs/foundation/16_folders.ipynb #fa95ee66
 def _write_pixels(stage, rows, size, path, attrs):
     "The staged images `rows` as an array `x` in one piece."
     with h5py.File(path, 'w') as f, progress(total=len(rows), desc=f'writing {path.name}') as bar:
@@ -439,7 +439,7 @@ def _write_table(stage, kept, rows, path, grouped, pcam):
             line |= dict(file=line['name'], wsi=line['group'] or line['name'], center_tumor_patch=int(kept.y[r]))
             out.writerow([line[c] for c in columns])
 
-# %% ../nbs/foundation/16_folders.ipynb #a13057d3
+# %% ../nbs/foundation/16_folders.ipynb #51344b51
 def _write_skipped(stage, path):
     with open(path, 'w', encoding='utf-8', newline='') as f:
         out = csv.writer(f)
@@ -454,7 +454,7 @@ def _write_split(stage, kept, rows, split, folder, card):
         f['y'] = kept.y[rows].astype(np.uint8).reshape(-1, 1, 1, 1)
     _write_table(stage, kept, rows, raw_file(folder, split, 'meta'), card['grouped'], card['pcam'])
 
-# %% ../nbs/foundation/16_folders.ipynb #9ac65f65
+# %% ../nbs/foundation/16_folders.ipynb #82fd531c
 def _percent(a, b): return f'{100*a/max(b, 1):.0f} %'
 
 def _counts(y, split, shown):
@@ -472,7 +472,7 @@ def _say_counts(t):
         if len(lost := t.index[t[s] == 0]): yield f'{s} has no image of {", ".join(lost)}'
     if (n := t.test.sum()) < 100: yield f'test is small: one image of {n} is {100/max(n, 1):.1f} points of accuracy'
 
-# %% ../nbs/foundation/16_folders.ipynb #38ee0ec9
+# %% ../nbs/foundation/16_folders.ipynb #9a0bbede
 def _say_groups(kept, split, facts, n_groups, source):
     "Which groups are known, and what lies on two sides in spite of them."
     lone = facts['lone', '']
@@ -488,7 +488,7 @@ def _say_groups(kept, split, facts, n_groups, source):
     for key, what in ((kept.digest, 'are copies of images'), (kept.group, 'share their group with images')):
         if n := _across(split, key): yield f'{n:,} images {what} in another split: the source was cut so, and it leaks'
 
-# %% ../nbs/foundation/16_folders.ipynb #7a1af1de
+# %% ../nbs/foundation/16_folders.ipynb #27fbe828
 def _say_notes(facts, n, fit):
     "What was skipped, and what was converted."
     for (kind, what), k in sorted(facts.items()):
@@ -497,7 +497,7 @@ def _say_notes(facts, n, fit):
     if fit == 'crop' and (lost := facts['lost', '']/max(n, 1)) > .005:
         yield f'the middle was cut out: {100*lost:.0f} % of the area of an image is lost on average (fit=\'pad\' keeps it)'
 
-# %% ../nbs/foundation/16_folders.ipynb #ceb0693c
+# %% ../nbs/foundation/16_folders.ipynb #dff7afdd
 @dataclass(frozen=True)
 class Import:
     "What an import made: its folder, the names of the classes, images of each in each split, and what to know of them."
@@ -522,7 +522,7 @@ def read_import(
     skipped = pd.read_csv(folder/'skipped.csv', keep_default_na=False)
     return Import(folder, tuple(card['classes']), counts, skipped, tuple(card['words']), card)
 
-# %% ../nbs/foundation/16_folders.ipynb #947b992e
+# %% ../nbs/foundation/16_folders.ipynb #f43ddb93
 _WAYS = dict(crop='shorter side resized (bicubic, antialiased), middle cut out',
              pad='longer side resized (bicubic, antialiased), filled up with the mean colour of the edge')
 
@@ -543,7 +543,7 @@ def _write_all(folder, stage, source, seen, settings):
     (folder/CLASSES_FILE).write_text('\n'.join(shown) + '\n', encoding='utf-8')
     (folder/CARD).write_text(json.dumps(card, indent=1), encoding='utf-8')
 
-# %% ../nbs/foundation/16_folders.ipynb #1e8b69de
+# %% ../nbs/foundation/16_folders.ipynb #c473deb0
 def _free(out, source, key):
     "True if `out` can be written; False if it is this very import; `ValueError` for anything else."
     if out.resolve().is_relative_to(source.root.resolve()):
@@ -565,7 +565,7 @@ def _imported(source, out, **settings):
     if _free(out, source, key): _import_to(out, source, n, seen, settings)
     return read_import(out)
 
-# %% ../nbs/foundation/16_folders.ipynb #6042a412
+# %% ../nbs/foundation/16_folders.ipynb #38790d27
 def _import_to(out, source, n, seen, settings):
     "One process stages and writes; after a stop the stage is still there, after a refusal it is not."
     size, fit = settings['size'], settings['fit']
@@ -581,7 +581,7 @@ def _import_to(out, source, n, seen, settings):
         raise
     shutil.rmtree(place, ignore_errors=True)
 
-# %% ../nbs/foundation/16_folders.ipynb #608ff6e6
+# %% ../nbs/foundation/16_folders.ipynb #a5137900
 def import_folder(
     root:Path, # holds class folders, or train, valid and test with class folders in them
     out:Path, # the folder to write; outside of `root`
@@ -596,7 +596,7 @@ def import_folder(
     see `Import`. Memory does not grow with the images; stopped, it goes on where it was; `out` is whole or absent."""
     return _imported(_Folder(root, group, only), out, size=size, fit=fit, split=split, seed=seed)
 
-# %% ../nbs/foundation/16_folders.ipynb #3f03cc8a
+# %% ../nbs/foundation/16_folders.ipynb #ea0566f1
 _LAYOUTS = dict(image='image_id', label='dx', group='lesion_id'), dict(image='id', label='label')
 _ROLES = 'image', 'label', 'group', 'split'
 
@@ -613,7 +613,7 @@ def _columns(table, path, given):
     if not has(columns): raise ValueError(f'{path} has the columns {listed}: expected {", ".join(columns.values())}')
     return columns
 
-# %% ../nbs/foundation/16_folders.ipynb #1e44a22c
+# %% ../nbs/foundation/16_folders.ipynb #cfabcc94
 class _Table:
     "Images that a table names."
     only, hint = '.', "name a column: columns=dict(…, group='patient')"
@@ -634,7 +634,7 @@ class _Table:
     def facts(self): return hashlib.sha256(self.path.read_bytes()).hexdigest()
     def example(self): return 'it is empty'
 
-# %% ../nbs/foundation/16_folders.ipynb #0ec05fcb
+# %% ../nbs/foundation/16_folders.ipynb #473e66f9
 @patch
 def _places(self:_Table):
     "Where the image of each name without ending lies; None for a name that is there twice."
@@ -666,7 +666,7 @@ def items(self:_Table, read=True):
     for folder, name in filter(None, places.values()):
         if (folder, name) not in used: yield Item(name, folder/name, '', why='in the folder and not in the table')
 
-# %% ../nbs/foundation/16_folders.ipynb #a58a17f8
+# %% ../nbs/foundation/16_folders.ipynb #8d57700b
 def import_table(
     table:Path, # CSV, one row an image
     folder, # with the images, or several folders
@@ -680,7 +680,7 @@ def import_table(
     "Images that a table names, as raw files and class names; as `import_folder` in all else."
     return _imported(_Table(table, folder, columns), out, size=size, fit=fit, split=split, seed=seed)
 
-# %% ../nbs/foundation/16_folders.ipynb #ea1a6e83
+# %% ../nbs/foundation/16_folders.ipynb #4ae09ba8
 def _pyarrow():
     try: import pyarrow.parquet as parquet
     except ImportError as e:
@@ -692,7 +692,7 @@ def _label_names(schema, column):
     about = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
     return about.get('info', {}).get('features', {}).get(column, {}).get('names')
 
-# %% ../nbs/foundation/16_folders.ipynb #77753231
+# %% ../nbs/foundation/16_folders.ipynb #3a79d6a1
 class _Parquet:
     "Rows of Parquet files with the bytes of images."
     only, pcam, hint = '.', False, "name a column: columns=dict(…, group='patient')"
@@ -714,7 +714,7 @@ class _Parquet:
     def facts(self): return repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.files])
     def example(self): return 'it is empty'
 
-# %% ../nbs/foundation/16_folders.ipynb #9143006f
+# %% ../nbs/foundation/16_folders.ipynb #4889292f
 @patch
 def _item(self:_Parquet, name, row, split):
     image, label = row.get(self.columns['image']), row[self.columns['label']]
@@ -733,7 +733,7 @@ def items(self:_Parquet, read=True):
         for k, row in enumerate(r for b in batches for r in b.to_pylist()):
             yield self._item(f'{file.name}/{k}', row, split)
 
-# %% ../nbs/foundation/16_folders.ipynb #dd025207
+# %% ../nbs/foundation/16_folders.ipynb #f9edc22f
 def import_parquet(
     paths, # a .parquet file, several, or a folder of them; names that begin with train, validation, test are splits
     out:Path, # the folder to write
@@ -746,7 +746,7 @@ def import_parquet(
     "Rows with encoded images, as Hugging Face keeps them, as raw files and class names; as `import_folder` in all else."
     return _imported(_Parquet(paths, columns), out, size=size, fit=fit, split=split, seed=seed)
 
-# %% ../nbs/foundation/16_folders.ipynb #1b47b413
+# %% ../nbs/foundation/16_folders.ipynb #3411f057
 def import_any(
     source:Path, # a folder of class folders, of images that `table` names, or of Parquet files; or one such file
     out:Path, # the folder to write
