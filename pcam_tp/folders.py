@@ -37,7 +37,7 @@ def _to_bytes(a):
     if a.dtype.kind == 'f' and 0 <= low and high <= 1: return (a*255).round().astype('uint8')
     if a.dtype.kind in 'iu' and 0 <= low and high < 2**16: return (a/257).round().astype('uint8')
     expected = 'floats in [0, 1]' if a.dtype.kind == 'f' else 'integers from 0 to 65,535'
-    raise ValueError(f'values from {low:.6g} to {high:.6g} ({a.dtype}): expected bytes, or {expected}; convert it first')
+    raise ValueError(f'values from {low:.6g} to {high:.6g} ({a.dtype}): expected bytes, or {expected}; convert it')
 
 # %% ../nbs/foundation/16_folders.ipynb #9180093e
 def _rgb(im):
@@ -73,6 +73,7 @@ def _edge_colour(im):
     a = np.asarray(im)
     return tuple(np.concatenate([a[0], a[-1], a[:, 0], a[:, -1]]).mean(0).round().astype(int).tolist())
 
+# %% ../nbs/foundation/16_folders.ipynb #384ef8b7
 def _square(im, size, fit):
     "An RGB image as `size`×`size` pixels."
     if im.size == (size, size): return im
@@ -103,8 +104,9 @@ def _any_image(image):
     try: return _decoded(Path(image).expanduser())[0]
     except ValueError as e: raise ValueError(f'{image}: {e}') from e
 
+# %% ../nbs/foundation/16_folders.ipynb #37f5cba0
 def read_image(
-    image, # path, bytes, open file, PIL image, array or tensor (H, W, 3) or (3, H, W), bytes, 16 bits or floats in [0, 1]
+    image, # path, bytes, open file, PIL image; array or tensor (H, W, 3) or (3, H, W) of bytes, 16 bits, [0, 1]
     size:int=None, # pixels along a side; the image's own shape if None
     fit:str='crop', # or 'pad': how it becomes a square
     device='cpu'
@@ -136,6 +138,7 @@ _SPLIT_WORDS = dict(train='train', training='train', valid='valid', val='valid',
 # %% ../nbs/foundation/16_folders.ipynb #f5e88e56
 def _hidden(name): return name.startswith('.') or name == '__MACOSX'
 
+# %% ../nbs/foundation/16_folders.ipynb #9e58d60e
 def _files(root, below=''):
     "Paths below `root`, relative and with slashes; hidden folders as one entry."
     entries = sorted(os.scandir(Path(root)/below), key=lambda e: e.name)
@@ -144,6 +147,7 @@ def _files(root, below=''):
         if e.is_dir() and not _hidden(e.name): yield from _files(root, f'{name}/')
         else: yield name
 
+# %% ../nbs/foundation/16_folders.ipynb #bab03062
 def _folders(root): return sorted(e.name for e in os.scandir(root) if e.is_dir() and not _hidden(e.name))
 
 # %% ../nbs/foundation/16_folders.ipynb #33b96c93
@@ -171,7 +175,7 @@ class _Folder:
     def __init__(self, root, group=None, only=None):
         self.root, self.only, self.group, self.group_of = Path(root).expanduser(), only, group, _grouper(group)
         self.by = f'the pattern {group!r}'
-        if not self.root.is_dir(): raise FileNotFoundError(f'{self.root} is no folder: expected one that holds class folders')
+        if not self.root.is_dir(): raise FileNotFoundError(f'{self.root} is no folder: expected one of class folders')
         top = _folders(self.root)
         words = {t: _SPLIT_WORDS[t.lower()] for t in top if t.lower() in _SPLIT_WORDS}
         self.splits = words if 'train' in words.values() and len(set(words.values())) > 1 else {}
@@ -192,6 +196,7 @@ def _stamp(item):
     if isinstance(item.data, Path) and not item.why: return item.data.stat()[6], item.data.stat().st_mtime_ns
     return len(item.data) if isinstance(item.data, bytes) else 0, item.why
 
+# %% ../nbs/foundation/16_folders.ipynb #70e3b5e5
 def _surveyed(source, n_splits):
     "Number of entries, images of each class, and a fingerprint of a source that can become a data set."
     n, seen, groups, h = 0, Counter(), Counter(), hashlib.sha256(source.facts().encode())
@@ -210,7 +215,7 @@ def _surveyed(source, n_splits):
 # %% ../nbs/foundation/16_folders.ipynb #17158c1e
 def _check_classes(source, seen):
     "Raise `ValueError` unless there are 2 to 256 classes."
-    if len(seen) > 256: raise ValueError(f'{source.root} has {len(seen)} classes: expected at most 256, one byte a label')
+    if len(seen) > 256: raise ValueError(f'{source.root} has {len(seen)} classes: expected at most 256')
     if len(seen) > 1: return
     inner = next((source.root/c for c in seen if (source.root/c).is_dir() and len(_folders(source.root/c)) > 1), None)
     hint = f'; did you mean {inner}, which holds {", ".join(_folders(inner)[:5])}?' if inner else ''
@@ -237,12 +242,14 @@ def _dealt(count, want, order):
         have[p] += count[g]
     return to, have
 
+# %% ../nbs/foundation/16_folders.ipynb #178390cc
 def _quotas(need, n):
     "`n` things for parts in proportion to what they need, in whole numbers."
     need = need.clip(0) if need.clip(0).any() else np.ones(len(need))
     share = need/need.sum()*n
-    left = n - int(np.floor(share).sum())
-    return np.floor(share).astype(int) + np.isin(np.arange(len(need)), np.argsort(np.floor(share) - share, kind='stable')[:left])
+    whole = np.floor(share).astype(int)
+    first = np.argsort(whole - share, kind='stable')[:n - whole.sum()]   # the largest remainders
+    return whole + np.isin(np.arange(len(need)), first)
 
 # %% ../nbs/foundation/16_folders.ipynb #00f8a985
 def _with_singles(to, have, count, want, rng):
@@ -255,6 +262,7 @@ def _with_singles(to, have, count, want, rng):
         have[:, k] += quota
     return to, have
 
+# %% ../nbs/foundation/16_folders.ipynb #e75969a6
 def _filled(to, count, n_parts):
     "Give each empty part a group of the part that has the most, one whose classes miss it the least."
     for p in range(n_parts):
@@ -263,6 +271,7 @@ def _filled(to, count, n_parts):
         to[rich[(count[rich]/count[rich].sum(0).clip(1)).max(1).argmin()]] = p
     return to
 
+# %% ../nbs/foundation/16_folders.ipynb #db1ea677
 def _miss(have, want, groups_of_class):
     "How far the parts are from their shares; a class that could be in every part and is not weighs most."
     total = want.sum(0).clip(1)
@@ -286,6 +295,7 @@ def split_groups(
     np.add.at(count, (at, np.asarray(y)), 1)
     return _best_deal(count, shares[:, None]/shares.sum()*count.sum(0), np.random.default_rng(seed))[at]
 
+# %% ../nbs/foundation/16_folders.ipynb #b911b556
 def _best_deal(count, want, rng):
     size, best = count.sum(1), None
     large, per_class = np.flatnonzero(size > 1), (count > 0).sum(0)
@@ -319,6 +329,7 @@ def _prepared(item, size, fit):
     digest = hashlib.blake2b(pixels, digest_size=8).hexdigest()
     return pixels, line | dict(width=w, height=h, notes=notes, lost=round(lost, 4), digest=digest)
 
+# %% ../nbs/foundation/16_folders.ipynb #55bb34e8
 def _in_order(f, items, ahead=64):
     "`f` of each item, in order, some ahead in threads."
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -367,6 +378,7 @@ def _ordered(names):
     "Class names in the order of their labels."
     return tuple(sorted(names, key=float if all(re.fullmatch(r'-?\d+(\.\d+)?', n) for n in names) else str))
 
+# %% ../nbs/foundation/16_folders.ipynb #efa94e5a
 def _names(source, seen, size):
     "Names of the classes as they are found in the source, and as they will be shown."
     found = shown = tuple(c for c in source.classes if c in seen) if source.classes else _ordered(seen)
@@ -382,6 +394,7 @@ class _Kept(NamedTuple):
     split: np.ndarray # number of the split that the source says, −1 for none
     start: np.ndarray # where its line in the journal begins
 
+# %% ../nbs/foundation/16_folders.ipynb #6d2b7b41
 def _kept(stage, found):
     "Arrays of the kept images; how often what was noted; the number of groups that have a name."
     label, groups, lone = {c: k for k, c in enumerate(found)}, {}, 0
@@ -408,6 +421,7 @@ def _assigned(kept, shares, seed):
     if missing: split[rows] = np.array(parts)[split_groups(kept.y[rows], group[rows], np.array(shares)[parts], seed)]
     return split
 
+# %% ../nbs/foundation/16_folders.ipynb #1b2fae9f
 def _across(split, key):
     "How many images have a group or digest that is in another split too."
     _, at = np.unique(key, return_inverse=True)
@@ -427,6 +441,7 @@ def _write_pixels(stage, rows, size, path, attrs):
             bar.update(len(part))
         f.attrs.update(attrs)
 
+# %% ../nbs/foundation/16_folders.ipynb #c66616a3
 def _write_table(stage, kept, rows, path, grouped, pcam):
     "One line an image: its file, its first shape, and its group as `wsi` where groups are known."
     columns = ['file', 'width', 'height'] + ['wsi']*grouped + ['center_tumor_patch']*pcam
@@ -446,6 +461,7 @@ def _write_skipped(stage, path):
         out.writerow(('file', 'class', 'why'))
         out.writerows((line['name'], line['label'], line['why']) for line, _ in stage._read() if line['why'])
 
+# %% ../nbs/foundation/16_folders.ipynb #d80175a0
 def _write_split(stage, kept, rows, split, folder, card):
     "The release's files of one split."
     attrs = {k: card[k] for k in ('size', 'fit', 'way', 'source', 'fingerprint', 'library')}
@@ -457,6 +473,7 @@ def _write_split(stage, kept, rows, split, folder, card):
 # %% ../nbs/foundation/16_folders.ipynb #82fd531c
 def _percent(a, b): return f'{100*a/max(b, 1):.0f} %'
 
+# %% ../nbs/foundation/16_folders.ipynb #bb2097b6
 def _counts(y, split, shown):
     "Images of each class in each split; `off` is the largest difference of a class's share from its share in all."
     n = np.array([np.bincount(y[split == p], minlength=len(shown)) for p in range(3)])
@@ -465,9 +482,11 @@ def _counts(y, split, shown):
     table = pd.DataFrame(dict(zip(SPLITS, n)), index=pd.Index(shown, name='class'))
     return table.assign(all=n.sum(0), off=off.round(4))
 
+# %% ../nbs/foundation/16_folders.ipynb #850d9ff4
 def _say_counts(t):
     n = ', '.join(f'{s} {t[s].sum():,}' for s in SPLITS)
-    yield f'{t["all"].sum():,} images of {len(t)} classes: {n}; shares of a class differ by at most {100*t.off.max():.1f} points'
+    even = f'shares of a class differ by at most {100*t.off.max():.1f} points'
+    yield f'{t["all"].sum():,} images of {len(t)} classes: {n}; {even}'
     for s in SPLITS:
         if len(lost := t.index[t[s] == 0]): yield f'{s} has no image of {", ".join(lost)}'
     if (n := t.test.sum()) < 100: yield f'test is small: one image of {n} is {100/max(n, 1):.1f} points of accuracy'
@@ -493,9 +512,9 @@ def _say_notes(facts, n, fit):
     "What was skipped, and what was converted."
     for (kind, what), k in sorted(facts.items()):
         if kind == 'skipped': yield f'{k:,} skipped: {what} (skipped.csv)'
-        if kind == 'note': yield f'{k:,} {what}' + (': white is the largest value of the type' if what == 'deep' else '')
+        if kind == 'note': yield f'{k:,} {what}' + ': white is the largest value of the type'*(what == 'deep')
     if fit == 'crop' and (lost := facts['lost', '']/max(n, 1)) > .005:
-        yield f'the middle was cut out: {100*lost:.0f} % of the area of an image is lost on average (fit=\'pad\' keeps it)'
+        yield f"the middle was cut out: {100*lost:.0f} % of the area is lost on average (fit='pad' keeps it)"
 
 # %% ../nbs/foundation/16_folders.ipynb #dff7afdd
 @dataclass(frozen=True)
@@ -516,7 +535,8 @@ def read_import(
 ) -> Import:
     "What an import left of itself. Raises `FileNotFoundError` for any other folder."
     folder = Path(folder).expanduser()
-    if not (folder/CARD).exists(): raise FileNotFoundError(f'{folder} has no {CARD}: expected a folder that an import wrote')
+    if not (folder/CARD).exists():
+        raise FileNotFoundError(f'{folder} has no {CARD}: expected a folder that an import wrote')
     card = json.loads((folder/CARD).read_text(encoding='utf-8'))
     counts = pd.DataFrame(card['counts'], index=pd.Index(card['classes'], name='class'))
     skipped = pd.read_csv(folder/'skipped.csv', keep_default_na=False)
@@ -526,6 +546,7 @@ def read_import(
 _WAYS = dict(crop='shorter side resized (bicubic, antialiased), middle cut out',
              pad='longer side resized (bicubic, antialiased), filled up with the mean colour of the edge')
 
+# %% ../nbs/foundation/16_folders.ipynb #df5da33e
 def _write_all(folder, stage, source, seen, settings):
     "Arrays, tables, names and card of an import, from its stage."
     size, fit, shares, seed = (settings[k] for k in ('size', 'fit', 'split', 'seed'))
@@ -533,9 +554,11 @@ def _write_all(folder, stage, source, seen, settings):
     kept, facts, n_groups = _kept(stage, found)
     _check_classes(source, Counter(found[k] for k in kept.y))
     split, counts = (s := _assigned(kept, shares, seed)), _counts(kept.y, s, shown)
-    words = [*_say_counts(counts), *_say_groups(kept, split, facts, n_groups, source), *_say_notes(facts, len(split), fit)]
-    card = dict(settings, way=_WAYS[fit], classes=shown, words=words, counts=counts.to_dict('list'), grouped=n_groups > 0,
-                pcam=shown == CLASSES, fingerprint=fingerprint(kept.digest.tolist(), kept.y.tolist(), split.tolist()))
+    words = [*_say_counts(counts), *_say_groups(kept, split, facts, n_groups, source)]
+    words += _say_notes(facts, len(split), fit)
+    made_of = fingerprint(*(hashlib.sha256(a.tobytes()).hexdigest() for a in (kept.digest, kept.y, split)))
+    card = dict(settings, way=_WAYS[fit], classes=shown, words=words, counts=counts.to_dict('list'),
+                grouped=n_groups > 0, pcam=shown == CLASSES, fingerprint=made_of)
     folder.mkdir()
     order = np.random.default_rng(seed).permutation(len(split))
     for p, name in enumerate(SPLITS): _write_split(stage, kept, order[split[order] == p], name, folder, card)
@@ -551,8 +574,9 @@ def _free(out, source, key):
     if not out.exists(): return True
     if out.is_dir() and not any(out.iterdir()): return out.rmdir() is None
     if (out/CARD).exists() and json.loads((out/CARD).read_text(encoding='utf-8'))['key'] == key: return False
-    raise ValueError(f'{out} is there and holds something else (other images or settings): remove it or name another place')
+    raise ValueError(f'{out} holds something else (other images or settings): remove it or name another place')
 
+# %% ../nbs/foundation/16_folders.ipynb #55add9d5
 def _imported(source, out, **settings):
     "Write a source as raw files. `settings`: size, fit, split, seed."
     out, shares = Path(out).expanduser(), tuple(settings['split'])
@@ -561,7 +585,8 @@ def _imported(source, out, **settings):
         raise ValueError(f'split is {shares}: expected three shares above 0, of train, valid and test')
     n, seen, stamp = _surveyed(source, len(shares))
     key = fingerprint(stamp, **settings)
-    settings |= dict(split=shares, source=source.root.name, group=source.group, stamp=stamp, key=key, library=f'pcam_tp {__version__}')
+    settings |= dict(split=shares, source=source.root.name, group=source.group, stamp=stamp, key=key,
+                     library=f'pcam_tp {__version__}')
     if _free(out, source, key): _import_to(out, source, n, seen, settings)
     return read_import(out)
 
@@ -600,6 +625,7 @@ def import_folder(
 _LAYOUTS = dict(image='image_id', label='dx', group='lesion_id'), dict(image='id', label='label')
 _ROLES = 'image', 'label', 'group', 'split'
 
+# %% ../nbs/foundation/16_folders.ipynb #e8e24586
 def _columns(table, path, given):
     "The column of each role. `ValueError` unless they are there."
     has = lambda layout: set(layout.values()) <= set(table.columns)
@@ -608,8 +634,8 @@ def _columns(table, path, given):
     if columns is None:
         raise ValueError(f"{path} has the columns {listed}: say which is which, e.g. "
                          "columns=dict(image='file', label='diagnosis', group='patient')")
-    if unknown := set(columns) - set(_ROLES): raise ValueError(f'columns has {", ".join(unknown)}: expected some of {_ROLES}')
-    if not {'image', 'label'} <= set(columns): raise ValueError(f'columns is {columns}: expected at least image and label')
+    if not {'image', 'label'} <= set(columns) <= set(_ROLES):
+        raise ValueError(f'columns is {columns}: expected image and label, perhaps group and split')
     if not has(columns): raise ValueError(f'{path} has the columns {listed}: expected {", ".join(columns.values())}')
     return columns
 
@@ -622,14 +648,14 @@ class _Table:
         self.folders = [Path(f).expanduser() for f in ([folders] if isinstance(folders, (str, Path)) else folders)]
         if not self.path.is_file(): raise FileNotFoundError(f'{self.path} is no file: expected a table (CSV)')
         for f in self.folders:
-            if not f.is_dir(): raise FileNotFoundError(f'{f} is no folder: expected one with the images of {self.path.name}')
+            if not f.is_dir(): raise FileNotFoundError(f'{f} is no folder: expected the images of {self.path.name}')
         rows = pd.read_csv(self.path, dtype=str, keep_default_na=False, sep='\t' if self.path.suffix == '.tsv' else ',')
         self.columns, self.root = _columns(rows, self.path, columns), self.folders[0]
         self.rows, self.group = rows[list(dict.fromkeys(self.columns.values()))], self.columns.get('group')
         self.by, kaggle = f'the column {self.group}', _LAYOUTS[1] == self.columns
         self.pcam = kaggle and set(rows.label) <= {'0', '1'} and all(re.fullmatch('[0-9a-f]{40}', i) for i in rows.id)
         self.classes = CLASSES if self.pcam else None
-        if self.pcam: self.hint = 'PCam at Kaggle comes without slides, so it is not the release: no result on it is one on the other'
+        if self.pcam: self.hint = 'PCam at Kaggle comes without them, and a result on it is none on the release'
 
     def facts(self): return hashlib.sha256(self.path.read_bytes()).hexdigest()
     def example(self): return 'it is empty'
@@ -644,12 +670,14 @@ def _places(self:_Table):
             if not _unusable(name, None): found[Path(name).stem] = None if Path(name).stem in found else (folder, name)
     return found
 
+# %% ../nbs/foundation/16_folders.ipynb #7da3e384
 @patch
 def _item(self:_Table, row, places, used):
     "The image of one row."
     value, label = row[self.columns['image']], row[self.columns['label']]
     stem = Path(value).stem if Path(value).suffix.lower() in IMAGES else Path(value).name
-    folder, name = next(((f, value) for f in self.folders if (f/value).is_file()), places.get(stem) or (self.root, value))
+    written = ((f, value) for f in self.folders if (f/value).is_file())
+    folder, name = next(written, places.get(stem) or (self.root, value))
     split, given = row.get(self.columns.get('split'), ''), 'split' in self.columns
     why = 'no label' if not label else 'a second row names it' if (folder, name) in used else ''
     if stem not in places: why = why or 'in the table and not in the folder'
@@ -659,10 +687,12 @@ def _item(self:_Table, row, places, used):
     label = CLASSES[int(label)] if self.pcam and label else label
     return Item(name, folder/name, label, row.get(self.group, ''), _SPLIT_WORDS.get(split.lower(), ''), why)
 
+# %% ../nbs/foundation/16_folders.ipynb #db9edb09
 @patch
 def items(self:_Table, read=True):
     places, used = self._places(), set()
-    for row in self.rows.itertuples(index=False, name=None): yield self._item(dict(zip(self.rows.columns, row)), places, used)
+    for row in self.rows.itertuples(index=False, name=None):
+        yield self._item(dict(zip(self.rows.columns, row)), places, used)
     for folder, name in filter(None, places.values()):
         if (folder, name) not in used: yield Item(name, folder/name, '', why='in the folder and not in the table')
 
@@ -684,9 +714,10 @@ def import_table(
 def _pyarrow():
     try: import pyarrow.parquet as parquet
     except ImportError as e:
-        raise ImportError('Parquet needs pyarrow: pip install pyarrow') from e
+        raise ImportError("Parquet needs pyarrow: pip install 'pcam_tp[parquet]', or pip install pyarrow") from e
     return parquet
 
+# %% ../nbs/foundation/16_folders.ipynb #f31cdd2d
 def _label_names(schema, column):
     "Names of the labels that Hugging Face wrote into the header, or None."
     about = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
@@ -725,6 +756,7 @@ def _item(self:_Parquet, name, row, split):
     group = row.get(self.group)
     return Item(name, data, label, '' if group is None else str(group), split, why)
 
+# %% ../nbs/foundation/16_folders.ipynb #3647a1ed
 @patch
 def items(self:_Parquet, read=True):
     wanted = [c for role, c in self.columns.items() if read or role != 'image']
@@ -743,7 +775,7 @@ def import_parquet(
     split:tuple=(.6, .2, .2), # shares of train, valid, test, where the files' names do not say
     seed:int=0
 ) -> Import:
-    "Rows with encoded images, as Hugging Face keeps them, as raw files and class names; as `import_folder` in all else."
+    "Rows with encoded images, as Hugging Face keeps them, as raw files and class names; else as `import_folder`."
     return _imported(_Parquet(paths, columns), out, size=size, fit=fit, split=split, seed=seed)
 
 # %% ../nbs/foundation/16_folders.ipynb #3411f057
@@ -759,8 +791,9 @@ def import_any(
     source = Path(source).expanduser()
     rows = source.suffix == '.parquet' or source.is_dir() and not _folders(source) and any(source.glob('*.parquet'))
     if not table and not rows:
-        if columns: raise ValueError(f'columns are for a table or Parquet rows, and {source} has neither: name the table')
+        if columns: raise ValueError(f'columns are for a table or Parquet rows, {source} has neither: name the table')
         return import_folder(source, out, **settings)
     if unfit := {'group', 'only'} & set(settings):
         raise ValueError(f'{" and ".join(sorted(unfit))}: for class folders only; of a table name the column, group=…')
-    return import_table(table, source, out, columns=columns, **settings) if table else import_parquet(source, out, columns=columns, **settings)
+    read = partial(import_table, table) if table else import_parquet
+    return read(source, out, columns=columns, **settings)
