@@ -186,7 +186,8 @@ class _Folder:
             split, why = self.splits.get(head, ''), _unusable(name, self.only)
             if self.splits and not split: why = why or 'beside the folders of the splits'
             if '/' not in below: why = why or 'in no class folder'
-            yield Item(name, self.root/name, below.partition('/')[0], self.group_of(below), split, why)
+            label = below.partition('/')[0] if '/' in below else ''
+            yield Item(name, self.root/name, label, self.group_of(below), split, why)
 
     def example(self): return f'it is looked for in names such as {next(i.name for i in self.items() if not i.why)}'
     def facts(self): return ''
@@ -199,15 +200,16 @@ def _stamp(item):
 # %% ../nbs/foundation/16_folders.ipynb #70e3b5e5
 def _surveyed(source, n_splits):
     "Number of entries, images of each class, and a fingerprint of a source that can become a data set."
-    n, seen, groups, h = 0, Counter(), Counter(), hashlib.sha256(source.facts().encode())
+    n, seen, groups, mask, h = 0, Counter(), Counter(), None, hashlib.sha256(source.facts().encode())
     for item in progress(source.items(read=False), 'listing', unit=' files'):
         n, _ = n + 1, h.update(repr((item._replace(data=None), *_stamp(item))).encode())
         if item.why: continue
         seen[item.label] += 1
         groups[item.group] += 1
-        if source.only is None and {'mask', 'masks'} & set(item.name.lower().split('/')[:-1]):
-            raise ValueError(f"{source.root}: {item.name} looks like a mask, not an image: say which files are images, "
-                             "e.g. only='/images/', or only='.' for all")
+        if {'mask', 'masks'} & set(item.name.lower().split('/')[:-1]): mask = mask or item.name
+    if mask and source.only is None:
+        raise ValueError(f"{source.root}: {mask} looks like a mask, not an image: say which files are images, "
+                         "e.g. only='/images/', or only='.' for all")
     _check_classes(source, seen)
     _check_groups(source, groups, n_splits)
     return n, seen, h.hexdigest()[:10]
@@ -502,8 +504,8 @@ def _say_groups(kept, split, facts, n_groups, source):
     else: yield f'{n_groups:,} groups by {source.by}, each in one split'
     copies = len(kept.digest) - len(np.unique(kept.digest))
     labels = len(np.unique(np.stack([kept.digest, kept.y.astype('u8')]), axis=1).T) - len(np.unique(kept.digest))
-    if copies: yield f'{copies:,} images are copies of another, byte for byte'
-    if labels: yield f'{labels:,} of them stand in two classes: which is true?'
+    if copies: yield f'copies of an earlier image, byte for byte: {copies:,}'
+    if labels: yield f'of these, the same image in two classes (which is true?): {labels:,}'
     for key, what in ((kept.digest, 'are copies of images'), (kept.group, 'share their group with images')):
         if n := _across(split, key): yield f'{n:,} images {what} in another split: the source was cut so, and it leaks'
 
@@ -527,7 +529,7 @@ class Import:
     words: tuple # sentences for the report
     card: dict # source, settings and fingerprint
 
-    def __repr__(self): return '\n'.join([f'{self.folder}', *(f'· {w}' for w in self.words)])
+    def __repr__(self): return '\n'.join([f'{self.folder.name}:', *(f'· {w}' for w in self.words)])
 
 CARD = 'import.json'
 def read_import(
