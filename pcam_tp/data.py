@@ -45,7 +45,7 @@ def _raw_folder(folder):
     if (folder/'train_labels.csv').exists() or next(folder.glob('*.tif'), None):
         raise ValueError(f"{folder} holds Kaggle's edition of PCam, one .tif a patch and train_labels.csv: it has no "
                          'slides, no masks, other splits, and duplicates were removed from it, so it is not this '
-                         'release and is not read here. Raw files of the release: `pcam_tp.download.download(folder)`')
+                         'release. `folders.import_table` makes raw files of it, `download.download` fetches others')
     return folder
 
 # %% ../nbs/foundation/10_data.ipynb #4524d7f1

@@ -302,7 +302,8 @@ def results(
     correct = (predictions.pred == predictions.y).to_numpy().astype(float)
     options = dict(n_resamples=n_resamples or sizes().n_resamples,
                    by=None if predictions.slide.isna().any() else predictions.slide.to_numpy())
-    if p.ndim == 2 and (n := len(np.unique(y))) < p.shape[1]: print(f'auc: the mean of {n} of {p.shape[1]} classes, those with patches')
+    if p.ndim == 2 and (n := len(np.unique(y))) < p.shape[1]:
+        print(f'auc: the mean of {n} of {p.shape[1]} classes, those with patches')
     rows = dict(accuracy=interval(correct, **options), auc=auc_interval(*_of_present(y, p), **options),
                 nll=interval(nll(y, p), **options),
                 calibration_error=calibration_interval(y, p, options['by']))
