@@ -10,6 +10,7 @@ parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 course = cfg['course_requirements'].split()   # what the notebooks import beside the library
 classroom = cfg['class_requirements'].split()   # what an instructor needs to release and grade
+hub = cfg['hub_requirements'].split()   # other people's networks
 
 setup(
     name=cfg['lib_name'],
@@ -27,5 +28,6 @@ setup(
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     entry_points=dict(console_scripts=[cfg['console_scripts']]),
-    extras_require={'course': course, 'class': classroom, 'dev': course + classroom + cfg['dev_requirements'].split()},
+    extras_require={'course': course, 'class': classroom, 'hub': hub,
+                    'dev': course + classroom + hub + cfg['dev_requirements'].split()},
 )

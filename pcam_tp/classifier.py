@@ -106,16 +106,17 @@ def _colour(name, v, low, high):
                          'of values up to 255, divide by 255')
     return t.view(1, 3, 1, 1).clone()
 
-# %% ../nbs/foundation/11_classifier.ipynb #b2068c58
+# %% ../nbs/foundation/11_classifier.ipynb #f535709c
 class Resize(NamedTuple):
     "Resize, then cut out the centre, as most checkpoints do; give it to `Classifier` as its `size`."
-    to:int|tuple # the short side, the ratio stays; or (height, width)
+    to:int|tuple=None # the short side, the ratio stays; or (height, width); no resizing if None
     crop:int|tuple=None # of the resized image: a side, or (height, width); all if None
     mode:str='bilinear' # or 'bicubic'; both antialiased, as Pillow does
+    down:bool=False # half a pixel of the crop's corner is dropped, as transformers does; torchvision rounds
 
     def resized(self, h, w):
         "Height and width of an h×w image after the resizing: torchvision's and transformers' rule."
-        if not isinstance(self.to, int): return tuple(self.to)
+        if not isinstance(self.to, int): return tuple(self.to or (h, w))
         long = int(self.to*max(h, w)/min(h, w))
         return (self.to, long) if h <= w else (long, self.to)
     def cut(self, h, w):
@@ -124,17 +125,20 @@ class Resize(NamedTuple):
         ch, cw = (self.crop,)*2 if isinstance(self.crop, int) else self.crop or (tall, wide)
         if ch > tall or cw > wide:
             raise ValueError(f'images of {h}×{w} become {tall}×{wide}: too small for the centre crop of {ch}×{cw}')
-        return round((tall - ch)/2), round((wide - cw)/2), ch, cw
+        whole = int if self.down else round
+        return whole((tall - ch)/2), whole((wide - cw)/2), ch, cw
 
-# %% ../nbs/foundation/11_classifier.ipynb #4298401a
+# %% ../nbs/foundation/11_classifier.ipynb #ad9711ed
 @patch
 def __call__(self:Resize, x):
-    "Images (N, 3, H, W) in [0, 1] to what is left of them; bicubic overshoot is clamped, as it is in bytes."
+    """Images (N, 3, H, W) in [0, 1] to what is left of them. Columns first, then rows; what a bicubic filter overshoots
+    is clamped after each, as in bytes."""
     top, left, h, w = self.cut(*x.shape[2:])
-    size = self.resized(*x.shape[2:])
-    if size != tuple(x.shape[2:]):
+    tall, wide = self.resized(*x.shape[2:])
+    for size in ((x.shape[2], wide), (tall, wide)):
+        if size == x.shape[2:]: continue
         x = F.interpolate(x, size, mode=self.mode, antialias=True, align_corners=False)
-    if self.mode == 'bicubic': x = x.clamp(0, 1)
+        if self.mode == 'bicubic': x = x.clamp(0, 1)
     return x[..., top:top + h, left:left + w]
 
 @patch
@@ -149,7 +153,7 @@ def window(self:Resize, h, w):
     tall, wide = self.resized(h, w)
     return reach(top, ch, h, tall), reach(left, cw, w, wide)
 
-# %% ../nbs/foundation/11_classifier.ipynb #22f53870
+# %% ../nbs/foundation/11_classifier.ipynb #3939af33
 @patch
 def back(self:Resize, maps, h, w):
     "Maps (N, h', w') of the crop on the pixels of an h×w image: bilinear where the network looked, 0 elsewhere."
