@@ -328,12 +328,15 @@ _SPLIT = dict(split=(Annotated[str, Option(help='train, valid or test.')], 'test
 _CHOSEN = dict(version=(_help(str, 'Which training: see `pcam-tp models`; the notebooks\' own if not given.'), None))
 
 def _part(o):
-    "The patches that were asked for."
+    "The patches that were asked for; those of the notebooks, unless more are."
+    from pcam_tp.core import sizes
     from pcam_tp.data import open_splits, subset
     from pcam_tp.release import SPLITS
     if o['split'] not in SPLITS: raise ValueError(f"split {o['split']!r}: expected one of {', '.join(SPLITS)}")
-    part = open_splits()[SPLITS.index(o['split'])]
-    return part if o['num_images'] is None else subset(part, o['num_images'], o['seed'])
+    wanted, budgets = o['num_images'] or 0, vars(sizes())
+    part = open_splits(n=[max(wanted, budgets[f'n_{s}']) for s in SPLITS])[SPLITS.index(o['split'])]
+    if wanted > len(part): print(f'{part.name} has {len(part):,} patches: all are taken')
+    return part if o['num_images'] is None else subset(part, wanted, o['seed'])
 
 # %% ../nbs/tools/09_cli.ipynb #38234595
 @command(app, also=_CHOSEN | _SPLIT | _MACHINE, examples="""test --model small_cnn
@@ -423,15 +426,106 @@ def _agree(
     device, part, read = _ready(o), _part(o), {}
     for name in models:
         path = write_maps(_network(name, o['version'], device), part, explanation, **_question(o))
-        read[name] = read_maps(path)
+        read[Path(name).name] = read_maps(path)
     given = dict(by=part.slides, q=q, pred={k: about['target'] for k, (_, about) in read.items()}, y=part.y,
                  measures=similarity_measure, seed=o['seed'])
     return _joined({m: model_agreement({k: v[0][m] for k, v in read.items()}, **given) for m in explanation})
 
-def _joined(tables):
+# %% ../nbs/tools/09_cli.ipynb #dc9e89eb
+def _joined(tables, what='explanation'):
     "Tables below each other, each with its name in the first column."
     import pandas as pd
-    return pd.concat([t.assign(explanation=k)[['explanation', *t]] for k, t in tables.items()], ignore_index=True)
+    return pd.concat([t.assign(**{what: k})[[what, *t]] for k, t in tables.items()], ignore_index=True)
+
+# %% ../nbs/tools/09_cli.ipynb #bcbf5103
+@command(app, also=dict(seed=(_Seed, 0), device=_MACHINE['device']),
+         examples='plan --models small_cnn resnet50 --explanation gradcam saliency occlusion --num-images 32768')
+def _plan(
+    models:_Models=['small_cnn'], explanation:_Methods=['gradcam', 'saliency'],
+    num_images:Annotated[int, Option(help='Patches.')]=32_768, side:Annotated[int, Option(help='Of a patch.')]=96, **o
+):
+    "Passes, hours on this machine and gigabytes of maps, before anything is computed. Networks are timed untrained."
+    from pcam_tp.many_maps import plan_hours
+    from pcam_tp.models import build
+    device = _ready(o)
+    return plan_hours({k: build(k).to(device) for k in models}, num_images, explanation, shape=(side, side))
+
+# %% ../nbs/tools/09_cli.ipynb #75eada45
+@command(app, also=_ASKED, examples='report page --models small_cnn resnet18 --num-images 64')
+def _report(
+    out:_Out, models:_Models=['small_cnn'], explanation:_Methods=['gradcam', 'saliency'],
+    metrics:_Metrics=['deletion', 'relevance_mass'], **o
+):
+    "One page: how good networks are, where they look, what their maps are worth, whether they agree."
+    from pcam_tp.core import atomic, run_name, sizes
+    device, o['num_images'] = _ready(o), o['num_images'] or sizes().n_explain
+    part, alike = _part(o), []
+    nets = {Path(k).name: _network(k, o['version'], device) for k in models}
+    if models[1:]: alike = ['## Do they look at the same places?', _agree(models, explanation, **o)]
+    parts = ['# Report', f'{part}, of {run_name()}. Not for diagnosis.',
+             '## How good are the networks?', _how_good(nets, part, o),
+             '## Where do they look?', *_where(nets, part, explanation, out, o),
+             '## What are the maps worth?', *_worth(nets, part, explanation, metrics, out, o), *alike]
+    if _first():
+        with atomic(_made(out)/'report.md') as tmp: tmp.write_text('\n\n'.join(map(_markdown, parts)), 'utf-8')
+    return out/'report.md'
+
+# %% ../nbs/tools/09_cli.ipynb #847dd786
+def _markdown(part):
+    from pcam_tp.leaderboard import as_markdown
+    return part if isinstance(part, str) else as_markdown(part)
+
+def _how_good(nets, part, o):
+    from pcam_tp.training import evaluate, results
+    tables = {k: results(evaluate(net, part, o['batch_size'], o['num_workers'])) for k, net in nets.items()}
+    return _joined(tables, 'model')
+
+def _where(nets, part, explanation, out, o):
+    "A figure for each network: four patches, every method."
+    from pcam_tp.classifier import predict
+    from pcam_tp.core import save_figure
+    from pcam_tp.data import to_float
+    from pcam_tp.methods import explain
+    from pcam_tp.plots import compare_maps
+    for name, net in nets.items():
+        x, y = to_float(part.patches(slice(4)), net.device), part.y[:4]
+        maps = {k: v.cpu() for k, v in explain(net, x, methods=explanation, seed=o['seed'], score=o['score']).items()}
+        fig = compare_maps(x.cpu(), maps, y=y, prob=predict(net, x).softmax(1), names=part.classes, suptitle=name)
+        alt = f'Four patches, and what {", ".join(maps)} say of {name}.'
+        save_figure(fig, f'maps-{name}', alt, _made(out))
+        yield f'![{alt}](maps-{name}.png)'
+
+# %% ../nbs/tools/09_cli.ipynb #a0ec577c
+def _worth(nets, part, explanation, metrics, out, o):
+    "The summary of a leaderboard for each network."
+    from pcam_tp.leaderboard import board_summary, save_leaderboard
+    from pcam_tp.many_maps import split_leaderboard
+    for name, net in nets.items():
+        table = split_leaderboard(net, part, explanation, metrics, **_question(o))
+        if _first(): save_leaderboard(table, f'leaderboard-{name}', _made(out))
+        yield f'### {name}'
+        yield board_summary(table)
+        yield 'Mean [95 % interval] #rank; * better than each control that decides (Holm).'
+
+# %% ../nbs/tools/09_cli.ipynb #a5bff4c3
+_COLUMNS = 'Of a table or of Parquet rows, as image=file label=diagnosis group=patient.'
+
+@command(data, examples=r"""import crc/ crc96 --group '(?P<group>\d+)_'
+                            import images/ ham --table meta.csv --columns image=image_id label=dx group=lesion_id""")
+def _import(
+    source:Annotated[Path, Argument(help='Class folders, images that a table names, or Parquet rows.')], out:_Out,
+    table:_help(Path, 'CSV that names the images.')=None, columns:_Some(help=_COLUMNS)=[],
+    group:_help(str, 'Pattern with (?P<group>…): slide or patient in a path.')=None,
+    only:_help(str, 'Pattern that a path must match.')=None,
+    size:Annotated[int, Option(help='Pixels along a side.')]=96, fit:Annotated[str, Option(help='crop or pad.')]='crop',
+    split:Annotated[tuple[float, float, float], Option(help='Shares of train, valid, test.')]=(.6, .2, .2), seed:_Seed=0
+):
+    "Make a data set of yours one of the course: any size, grey or RGB, any classes."
+    from pcam_tp.folders import import_any
+    if wrong := [c for c in columns if '=' not in c]: raise ValueError(f'columns {" ".join(wrong)}: expected role=name')
+    columns = dict(c.split('=', 1) for c in columns) or None
+    made = import_any(source, out, table, columns, group=group, only=only, size=size, fit=fit, split=split, seed=seed)
+    return dict(folder=made.folder, report=made.words, images=made.counts.reset_index(), skipped=len(made.skipped))
 
 # %% ../nbs/tools/09_cli.ipynb #0cef7bb7
 _Nbs = Annotated[Optional[Path], Option(help='Folder of the notebooks; nbs/ of this checkout if not given.')]
@@ -443,7 +537,7 @@ def _release(
     owner:Annotated[Optional[str], Option(help="Of the students' repository; settings.ini says it if not given.")]=None,
     repo:Annotated[Optional[str], Option(help='Its name.')]=None,
     branch:Annotated[str, Option(help='Its branch.')]='main',
-    folder:Annotated[Optional[str], Option(help="Of the copies in it; OUT's own name if not given, '' for the top.")]=None,
+    folder:Annotated[Optional[str], Option(help="Of the copies in it; OUT's name if not given, '' for the top.")]=None,
     assets:Annotated[Optional[str], Option(help="Address of your class's files, for the first cell.")]=None,
     electives:Annotated[bool, Option('--electives', help='The other notebooks of the course as well.')]=False,
     nbs:_Nbs=None
