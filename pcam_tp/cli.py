@@ -162,7 +162,7 @@ def _synthetic(out:_Out, n:_Each=(6_000, 1_500, 1_500), seed:_Seed=0):
     return make_once(out, lambda tmp: write_synthetic(tmp, dict(zip(SPLITS, n)), seed), 'synthetic patches')
 
 # %% ../nbs/tools/09_cli.ipynb #55386ca9
-@command(data, examples='splits --source pcam-small')
+@command(data, examples='data splits --source pcam-small')
 def _splits():
     "Patches, classes, slides and defects of the source's splits."
     from pcam_tp.data import open_splits, overview
@@ -256,6 +256,7 @@ def _network(name, version=None, device='cpu'):
     from pcam_tp.models import MODELS, load_model
     from pcam_tp.recipe import trained
     if (Path(name)/'card.json').exists(): folder = Path(name)
+    elif (Path(name)/'config.json').exists(): return _checkpoint(Path(name), device)
     elif name not in MODELS:
         raise ValueError(f"model {name!r}: neither a folder with card.json nor one of {', '.join(MODELS)}")
     elif version is None: return trained(name, device=device)
@@ -267,6 +268,13 @@ def _network(name, version=None, device='cpu'):
         folder = found[0]
     model = load_model(folder, device)
     model.card['folder'] = str(folder)
+    return model
+
+def _checkpoint(folder, device):
+    "A Hugging Face checkpoint with its own preprocessing."
+    from pcam_tp.checkpoints import load_checkpoint
+    model = load_checkpoint(folder, device=device)
+    model.card |= dict(name=folder.name, folder=str(folder))
     return model
 
 # %% ../nbs/tools/09_cli.ipynb #0dfc3292
@@ -510,8 +518,8 @@ def _worth(nets, part, explanation, metrics, out, o):
 # %% ../nbs/tools/09_cli.ipynb #a5bff4c3
 _COLUMNS = 'Of a table or of Parquet rows, as image=file label=diagnosis group=patient.'
 
-@command(data, examples=r"""import crc/ crc96 --group '(?P<group>\d+)_'
-                            import images/ ham --table meta.csv --columns image=image_id label=dx group=lesion_id""")
+@command(data, examples=r"""data import crc/ crc96 --group '(?P<group>\d+)_'
+                            data import images/ ham --table meta.csv --columns image=id label=dx group=lesion""")
 def _import(
     source:Annotated[Path, Argument(help='Class folders, images that a table names, or Parquet rows.')], out:_Out,
     table:_help(Path, 'CSV that names the images.')=None, columns:_Some(help=_COLUMNS)=[],
