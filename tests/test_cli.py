@@ -98,7 +98,8 @@ def wait_for_chunks(p, folder, n):
     while p.poll() is None and len(list(folder.glob('chunk-*.h5'))) < n: time.sleep(.02)
 
 
-def explaining(place, out, *more): return ['explain', '--models', place.nets[0], '--explanation', 'gradcam', 'smoothgrad', '--chunk', CHUNK, '--batch-size', 2, '--out', out, *more]
+def explaining(place, out):
+    return ['explain', '--models', place.nets[0], '--explanation', 'gradcam', 'smoothgrad', '--chunk', CHUNK, '--batch-size', 2, '--device', 'cpu', '--out', out]
 
 
 def content(out):
@@ -157,7 +158,7 @@ def test_processes_share_maps(place, shell, tmp_path):
 
 
 def test_processes_share_a_leaderboard(place, shell, tmp_path):
-    line = ['measure', '--model', place.nets[0], '--explanation', 'saliency', '--metrics', 'relevance_mass', 'average_drop', '--chunk', 8]
+    line = ['measure', '--model', place.nets[0], '--explanation', 'saliency', '--metrics', 'relevance_mass', 'average_drop', '--chunk', 8, '--device', 'cpu']
     one = shell(shlex.join(map(str, [*line, '--out', tmp_path/'one'])))
     out = finished(launch(place, *line, '--out', tmp_path/'two'))
     assert out.count('relevance_mass') == one.stdout.count('relevance_mass') == 1, 'one process tells'
@@ -169,11 +170,11 @@ def test_shell_and_notebook_agree(place, shell):
     "`agree`: its numbers are those of the library's calls; each of its options changes them."
     few = subset(open_splits()[2], 12)
     nets = {p.name: load_model(p) for p in place.nets}
-    x = to_float(few.patches())
+    x = to_float(few.patches()).cpu()
     maps = {k: explain(m, x, methods='saliency')['saliency'] for k, m in nets.items()}
     pred = {k: m(x).argmax(1) for k, m in nets.items()}
     expected = model_agreement(maps, by=few.slides, pred=pred, y=few.y, measures=['top_iou'], q=.1)
-    line = f'agree --models {place.nets[0]} {place.nets[1]} --num-images 12 --json'
+    line = f'agree --models {place.nets[0]} {place.nets[1]} --num-images 12 --device cpu --json'
     ask = lambda more: pd.DataFrame(json.loads(shell(f'{line} {more}').stdout))
     table = ask('--explanation saliency --similarity-measure top_iou --q 0.1')
     assert list(table.condition) == list(expected.condition)
@@ -183,12 +184,12 @@ def test_shell_and_notebook_agree(place, shell):
 
 
 def trained(shell, line):
-    told = json.loads(shell(f'train {line} --epochs 1 --precision no --json').stdout)
+    told = json.loads(shell(f'train {line} --epochs 1 --precision no --device cpu --json').stdout)
     return told, load_model(told['folder'])
 
 
-def body(model): return {k: v for k, v in model.net.state_dict().items() if not k.startswith(f'{model.head}.')}
-def head(model): return {k: v for k, v in model.net.state_dict().items() if k.startswith(f'{model.head}.')}
+def body(model): return {k: v.cpu() for k, v in model.net.state_dict().items() if not k.startswith(f'{model.head}.')}
+def head(model): return {k: v.cpu() for k, v in model.net.state_dict().items() if k.startswith(f'{model.head}.')}
 def moved(a, b): return [k for k in a if not torch.equal(a[k], b[k])]
 
 
@@ -206,8 +207,7 @@ def test_pretrained_from_a_file_or_not_at_all(shell, tmp_path, monkeypatch):
     given = torchvision.models.resnet18()
     torch.save(given.state_dict(), tmp_path/'given.pth')
     told, net = trained(shell, f'--model resnet18 --pretrained {tmp_path/"given.pth"} --freeze --batch-size 16')
-    theirs = given.state_dict()
-    assert not moved({k: v for k, v in body(net).items()}, theirs) and net.card['pretrained'] is True
+    assert not moved(body(net), {k: v.cpu() for k, v in given.state_dict().items()}) and net.card['pretrained'] is True
     address = torchvision.models.get_model_weights('resnet18').DEFAULT.value
     monkeypatch.setattr(address, 'url', 'http://localhost:9/resnet18-00000000.pth')
     r = shell('train --model resnet18 --pretrained --epochs 1', ok=False)
@@ -223,11 +223,11 @@ def test_every_option_of_training_counts(shell, place, monkeypatch):
     import pcam_tp.data as d
     asked, ahead = [], d.ahead
     monkeypatch.setattr(d, 'ahead', lambda read, parts, n: (asked.append(n), ahead(read, parts, n))[1])
-    shell('test --version {version} --num-workers 3'.format(**base))
+    shell('test --version {version} --num-workers 3 --device cpu'.format(**base))
     assert asked == [3]
     sizes, forward = [], torch.nn.Conv2d.forward
     monkeypatch.setattr(torch.nn.Conv2d, 'forward', lambda self, x: (sizes.append(len(x)), forward(self, x))[1])
-    shell('test --version {version} --batch-size 5'.format(**base))
+    shell('test --version {version} --batch-size 5 --device cpu'.format(**base))
     assert max(sizes) == 5
 
 
