@@ -16,7 +16,7 @@ from pcam_tp import grading
 from pcam_tp.grading import ELSEWHERE, WHY, collect, grade
 
 SECRET = 'a secret of a class that nobody knows'
-LIMITS = Limits(cpu=1.5, wall=5, total=40, memory=300, processes=12)
+LIMITS = Limits(cpu=2, idle=3, memory=300, processes=12)
 
 
 def cell(kind, source):
@@ -196,7 +196,7 @@ from pathlib import Path
 from pcam_tp.grading import grade
 from pcam_tp.sandbox import Limits
 inbox, out, labs, secret = sys.argv[1:]
-grade(Path(inbox), Path(out), secret, labs=Path(labs), jobs=1, limits=Limits(cpu=2, wall=10))
+grade(Path(inbox), Path(out), secret, labs=Path(labs), jobs=1, limits=Limits(cpu=3))
 '''
 
 
