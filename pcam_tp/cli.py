@@ -264,5 +264,20 @@ def _check(
     n = len(labs or LABS)
     return f'{n} lab{"s"*(n > 1)}: right answers pass, empty holes and known slips fail, spoiled copies are repaired'
 
+# %% ../nbs/tools/09_cli.ipynb #bc7ac3aa
+@command(course, examples="""course grade inbox --out graded --secret-file ~/class-2027.secret
+                             course grade inbox --out graded --secret-file ~/class-2027.secret --hand graded/hand.csv""")
+def _grade(
+    inbox:Annotated[Path, Argument(help='Folder of submissions: STUDENT/LAB.ipynb, STUDENT_LAB.ipynb, or zips.')],
+    out:Annotated[Path, Option(help='Folder to write; a run that was cut goes on from it.')],
+    secret_file:Annotated[Path, Option(help="The class's secret, made if it is not there; not inside the repository.")],
+    hand:Annotated[Optional[Path], Option(help='A filled hand.csv; the one in OUT if not given.')]=None,
+    jobs:Annotated[int, Option(min=1, help='Copies at a time; about 1 GB each.')]=2,
+    nbs:_Nbs=None
+):
+    "Run every copy behind a wall, and write points, feedback, and the answers that wait for a mark by hand."
+    from pcam_tp.grading import class_secret, grade, totals
+    return totals(grade(inbox, out, class_secret(secret_file), nbs, hand, jobs))
+
 # %% ../nbs/tools/09_cli.ipynb #a7729272
 if __name__ == '__main__' and __spec__: main()   # not in a notebook

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WHY', 'ELSEWHERE', 'MOST', 'UNSAFE', 'class_secret', 'secret_number', 'steps', 'play', 'verdict', 'Lab', 'Copy',
            'collect', 'examine', 'run_copies', 'executed', 'book', 'read_hand', 'answers', 'mark_by_hand', 'scores',
-           'totals', 'questions', 'plot_questions', 'write_feedback', 'read_labs', 'grade', 'course_grade']
+           'totals', 'questions', 'plot_questions', 'write_feedback', 'read_labs', 'grade']
 
-# %% ../nbs/tools/03_grading.ipynb #c7814ee5
+# %% ../nbs/tools/03_grading.ipynb #8eb3d1a7
 import contextlib, hashlib, hmac, json, logging, os, queue, re, secrets, shutil, subprocess, sys, threading
 import warnings, zipfile
 from dataclasses import dataclass, field
@@ -26,13 +26,15 @@ from .classroom import (HIDDEN, LABS, TOLERANCE, course_files, imports_of, marks
 from .core import atomic, fingerprint, progress
 from .sandbox import Limits, Sandbox, matches
 
-# %% ../nbs/tools/03_grading.ipynb #53550711
+# %% ../nbs/tools/03_grading.ipynb #97840c99
 def class_secret(
     path:Path # a text file; written if it is not there
 ) -> str:
     "The secret of a class, made once, readable by you alone."
     path = Path(path)
     if not path.exists():
+        if any((p/'settings.ini').exists() and (p/'nbs').is_dir() for p in path.resolve().parents):
+            raise ValueError(f'{path} lies inside the repository, where it would be published: choose another place')
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as tmp:
             tmp.touch(mode=0o600)
@@ -50,7 +52,7 @@ def secret_number(
     digest = hmac.new(secret.encode(), name.encode(), hashlib.sha256).digest()
     return 1 + int.from_bytes(digest[:8], 'big') % (2**31 - 1)
 
-# %% ../nbs/tools/03_grading.ipynb #31529e23
+# %% ../nbs/tools/03_grading.ipynb #1d3488fa
 def _loose(submission, lab):
     "Code cells of a submission that neither bear a mark nor stand in the lab, if they are Python."
     marked, of_lab = {m.at for m in marks(submission)}, {_text(c).strip() for c in lab['cells']}
@@ -70,7 +72,7 @@ def _setup(nb, name):
 
 def _step(name, code, mark=None, values=False): return dict(name=name, code=code, mark=mark, values=values)
 
-# %% ../nbs/tools/03_grading.ipynb #f9440dcb
+# %% ../nbs/tools/03_grading.ipynb #058d4852
 def steps(
     nb, # the lab with a student's answers, as `stamp` gives it
     submission, # as it came in: helper functions of its own
@@ -88,7 +90,7 @@ def steps(
         if m.kind != 'answer': found.append(_step(f'{m.kind} {m.name}', code, m.key, bool(secret) and is_check))
     return found
 
-# %% ../nbs/tools/03_grading.ipynb #4397d747
+# %% ../nbs/tools/03_grading.ipynb #b3a53829
 WHY = dict(time='ran too long and was stopped', memory='took too much memory and was stopped',
            exit='ended its own process', processes='started too many processes and was stopped',
            output='printed without end and was stopped', total='was not run: the time of the copy was used up')
@@ -107,7 +109,7 @@ def play(
         ended = {mark for mark, r in runs[0].items() if r['status'] in WHY}
     return tuple(runs)
 
-# %% ../nbs/tools/03_grading.ipynb #d3817c93
+# %% ../nbs/tools/03_grading.ipynb #78b06a76
 def _complaint(result):
     "Why a cell did not pass, in a line; '' if it did."
     if result is None: return 'was not run'
@@ -131,7 +133,7 @@ def verdict(
     right = hidden and hidden['status'] == 'ok' and (expected is None or matches(hidden['values'], expected, *near))
     return (mark.points, '') if right else (0, ELSEWHERE)
 
-# %% ../nbs/tools/03_grading.ipynb #974cd3bd
+# %% ../nbs/tools/03_grading.ipynb #d02a7d54
 class Lab:
     "A graded lab: the course's notebook, its marks, and what its solutions give with a secret."
     def __init__(self, name:str, nb, folder:Path=None):
@@ -153,7 +155,7 @@ class Lab:
             self.expected[m.name] = None if values == ['none'] else values
         return self
 
-# %% ../nbs/tools/03_grading.ipynb #7ce1da09
+# %% ../nbs/tools/03_grading.ipynb #4fbc26e2
 @dataclass
 class Copy:
     "A submitted notebook."
@@ -174,7 +176,7 @@ def _unzip(path, info):
     if len(content) > MOST: raise ValueError(f'more than {MOST/1e6:.0f} MB: too large for a notebook')
     return content
 
-# %% ../nbs/tools/03_grading.ipynb #32c5e9db
+# %% ../nbs/tools/03_grading.ipynb #7a87f007
 def _notebooks(inbox):
     "(name below the inbox, function that reads it) of each notebook, those in zips included; or (name, problem)."
     for path in _files(inbox):
@@ -184,7 +186,7 @@ def _notebooks(inbox):
         elif path.stat().st_size > MOST: yield name, f'{path.stat().st_size/1e6:,.0f} MB: too large for a notebook'
         else: yield name, path.read_bytes
 
-# %% ../nbs/tools/03_grading.ipynb #723f160f
+# %% ../nbs/tools/03_grading.ipynb #eaf42de2
 def _whose(name, labs):
     "(student, lab) of a file; either may be missing. A student's name is cut to letters, digits and _ . @ + -"
     *folders, last = name.split('/')
@@ -202,7 +204,7 @@ def _zipped(path, name):
     if not infos: yield name, 'a zip without a notebook'
     for i in infos: yield f'{name[:-4]}/{i.filename}', partial(_unzip, path, i)
 
-# %% ../nbs/tools/03_grading.ipynb #56e7276a
+# %% ../nbs/tools/03_grading.ipynb #78832d5b
 def collect(
     inbox:Path, # folder of submissions
     labs # names of the labs: stems of their files
@@ -224,7 +226,7 @@ def collect(
         found[student, lab] = copy
     return [found[k] for k in sorted(found)], problems
 
-# %% ../nbs/tools/03_grading.ipynb #0ca2b51e
+# %% ../nbs/tools/03_grading.ipynb #f7efe5e7
 def _read(content):
     "A notebook of bytes; `ValueError` says what is wrong with it."
     import nbformat
@@ -237,7 +239,7 @@ def _read(content):
     if not nb.get('cells'): raise ValueError('a notebook without cells')
     return nb
 
-# %% ../nbs/tools/03_grading.ipynb #a2e822b9
+# %% ../nbs/tools/03_grading.ipynb #66a45494
 UNSAFE = 'run WITHOUT a sandbox: this machine has neither bubblewrap nor user namespaces'
 
 def examine(
@@ -259,7 +261,7 @@ def examine(
     if box.kind == 'none': result['remarks'].insert(0, UNSAFE)
     return result
 
-# %% ../nbs/tools/03_grading.ipynb #8ff68f5b
+# %% ../nbs/tools/03_grading.ipynb #85671c9c
 class _Worker(threading.Thread):
     "Takes copies from a queue until there are none."
     def __init__(self, todo, done, new_box, secret, box=None):
@@ -279,7 +281,7 @@ class _Worker(threading.Thread):
         if self.box: self.box.close()
         self.box = None
 
-# %% ../nbs/tools/03_grading.ipynb #9b016063
+# %% ../nbs/tools/03_grading.ipynb #cd10f39e
 @patch
 def grade(self:_Worker, copy, lab, path, key):
     "Examine a copy and keep the result; '' or why that could not be done."
@@ -302,7 +304,7 @@ def finish(self:_Worker):
     if self.is_alive() and self.box and self.box.process: self.box.process.kill()
     if self.ident: self.join(20)
 
-# %% ../nbs/tools/03_grading.ipynb #f294f3f3
+# %% ../nbs/tools/03_grading.ipynb #9dfd0c89
 @cache
 def _grader():
     "A fingerprint of all that decides points beside submission, lab and secret: this library."
@@ -320,7 +322,7 @@ def _kept(path, key):
     except (OSError, ValueError): return None
     return result if result.get('key') == key else None
 
-# %% ../nbs/tools/03_grading.ipynb #1bd4ff5f
+# %% ../nbs/tools/03_grading.ipynb #96da773e
 def _broken(c, problems):
     why = problems.get((c.student, c.lab), 'was not run')
     return dict(student=c.student, lab=c.lab, file=c.file, remarks=[], broken=why)
@@ -340,7 +342,7 @@ def _work(workers, done, n):
         for w in workers: w.finish()
     return problems
 
-# %% ../nbs/tools/03_grading.ipynb #d5b036bf
+# %% ../nbs/tools/03_grading.ipynb #c161da39
 def run_copies(
     copies:list, labs:dict, # `Copy`s; `Lab`s by name
     folder:Path, # gets <lab>/<student>.json
@@ -363,7 +365,7 @@ def run_copies(
         if box: box.close()
     return {(c.student, c.lab): _kept(*place(c)) or _broken(c, problems) for c in copies}
 
-# %% ../nbs/tools/03_grading.ipynb #2ae5f65a
+# %% ../nbs/tools/03_grading.ipynb #34549bdd
 def _short(nb):
     "Positions of the title and the marked cells, each with the text before it."
     at = [m.at for m in marks(nb)]
@@ -380,7 +382,7 @@ def _cut(nb):
     new['cells'] = [new['cells'][i] for i in _short(new)]
     return new
 
-# %% ../nbs/tools/03_grading.ipynb #15447d15
+# %% ../nbs/tools/03_grading.ipynb #d7ef6bd6
 def executed(
     lab:Lab, result:dict # of `examine`
 ): # a notebook
@@ -402,7 +404,7 @@ def _outputs(r, remark):
         yield new_output('error', ename=kind, evalue=text, traceback=told.splitlines())
     elif why := remark or _complaint(r): yield new_output('error', ename='Check', evalue=why, traceback=[why])
 
-# %% ../nbs/tools/03_grading.ipynb #a710fd4f
+# %% ../nbs/tools/03_grading.ipynb #4c6580e3
 def _nbgrader():
     "nbgrader, with an error that says how to get it."
     try:
@@ -426,7 +428,7 @@ def _quiet():
             yield
     finally: log.setLevel(level)
 
-# %% ../nbs/tools/03_grading.ipynb #6921abb7
+# %% ../nbs/tools/03_grading.ipynb #5d2113d8
 def _settings(root, lab):
     "nbgrader's settings: nothing is run, nothing is cleared, nothing is cut out."
     from traitlets.config import Config
@@ -440,7 +442,7 @@ def _settings(root, lab):
     c.HTMLExporter.sanitize_html = True   # answers are other people's HTML
     return c
 
-# %% ../nbs/tools/03_grading.ipynb #100c9b51
+# %% ../nbs/tools/03_grading.ipynb #546c8650
 class _Step:
     "A converter of nbgrader that is set up once for a lab and then called for one student at a time."
     def __init__(self, kind, root, lab):
@@ -462,7 +464,7 @@ class _Step:
             self.step.convert_notebooks()
         finally: os.chdir(here)
 
-# %% ../nbs/tools/03_grading.ipynb #6d5d1104
+# %% ../nbs/tools/03_grading.ipynb #1f66ac6d
 def _write_nb(nb, path):
     import nbformat
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -477,7 +479,7 @@ def _mark_done(path, key):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as tmp: tmp.write_text(key, encoding='utf-8')
 
-# %% ../nbs/tools/03_grading.ipynb #57e06313
+# %% ../nbs/tools/03_grading.ipynb #2dcfc9c5
 def _gradebook(root): return _nbgrader().api.Gradebook(f'sqlite:///{root}/gradebook.db')
 
 def _forget(root, student, lab):
@@ -494,7 +496,7 @@ def _new_lab(root, lab):
     _Step('GenerateAssignment', root, lab.name)('.')
     _mark_done(done, lab.key)
 
-# %% ../nbs/tools/03_grading.ipynb #2c769dd2
+# %% ../nbs/tools/03_grading.ipynb #fc7ca10e
 def book(
     root:Path, # nbgrader's course folder
     labs:dict, results:dict # of `run_copies`
@@ -513,7 +515,7 @@ def book(
             steps[lab](student)
             _mark_done(done(student, lab), r['key'])
 
-# %% ../nbs/tools/03_grading.ipynb #0b3487ce
+# %% ../nbs/tools/03_grading.ipynb #8e5fb971
 _HAND = 'student', 'lab', 'answer', 'text', 'points', 'max', 'comment', 'file'
 
 def _safe(text):
@@ -521,6 +523,9 @@ def _safe(text):
     text = re.sub(r'[\x00-\x08\x0b-\x1f]', '', str(text))[:20_000]
     return "'" + text if text[:1] in ('=', '+', '-', '@', '\t') else text
 
+def _plain(source): return re.sub(r'<!--.*?-->', '', source, flags=re.S).strip()
+
+# %% ../nbs/tools/03_grading.ipynb #582595c7
 def read_hand(
     path:Path # a filled `hand.csv`
 ) -> dict: # (student, lab, answer) → row as a dict; `points` a number or None
@@ -539,7 +544,7 @@ def read_hand(
         rows[row['student'], row['lab'], row['answer']] = dict(row, points=points)
     return rows
 
-# %% ../nbs/tools/03_grading.ipynb #4198a82f
+# %% ../nbs/tools/03_grading.ipynb #a976b9b6
 def answers(
     labs:dict, results:dict,
     marked:dict=None # of `read_hand`
@@ -563,9 +568,7 @@ def _carried(row, old):
     comment = f"was marked {old['points']:g} for an earlier text. {old.get('comment', '')}"
     return dict(points=None, comment=comment.strip())
 
-def _plain(source): return re.sub(r'<!--.*?-->', '', source, flags=re.S).strip()
-
-# %% ../nbs/tools/03_grading.ipynb #f2176e5c
+# %% ../nbs/tools/03_grading.ipynb #0612cd73
 def mark_by_hand(root:Path, marks:pd.DataFrame):
     "Enter points and comments into nbgrader's gradebook; what is empty leaves the marks that are there."
     with _quiet(), _gradebook(root) as gb:
@@ -576,7 +579,7 @@ def mark_by_hand(root:Path, marks:pd.DataFrame):
             if row['comment']: comment.manual_comment = row['comment']
         gb.db.commit()
 
-# %% ../nbs/tools/03_grading.ipynb #043ab56d
+# %% ../nbs/tools/03_grading.ipynb #151ac98c
 def scores(
     root:Path, labs:dict, results:dict
 ) -> pd.DataFrame: # student, lab, exercise, kind, points (NaN: to be marked by hand), max, remark
@@ -595,7 +598,7 @@ def _booked(gb, labs):
     found = [(s.student.id, lab, n) for lab in labs for s in gb.assignment_submissions(lab) for n in s.notebooks]
     return {(student, lab, g.name): points(g) for student, lab, n in found for g in n.grades}
 
-# %% ../nbs/tools/03_grading.ipynb #fa5ad4dd
+# %% ../nbs/tools/03_grading.ipynb #b19489bd
 def _row(student, lab, m, r, points):
     "A line of the scores; what was said about the whole copy stands in each of its lines."
     about = [t for t in r['remarks'] if f' {m.name}:' in t or not re.match(r'(exercise|check|answer) ', t)]
@@ -615,7 +618,7 @@ def totals(
     wide.loc['(maximum)'] = most
     return wide.assign(total=wide.sum(axis=1)).reset_index()
 
-# %% ../nbs/tools/03_grading.ipynb #088a2fae
+# %% ../nbs/tools/03_grading.ipynb #d9f9e5a2
 def questions(
     table:pd.DataFrame # of `scores`
 ) -> pd.DataFrame: # lab, exercise, n (copies with a mark), mean, solved, missed (shares), discrimination
@@ -630,7 +633,7 @@ def questions(
         rows.append((lab, name, len(t), share.mean(), (share == 1).mean(), (share == 0).mean(), r))
     return pd.DataFrame(rows, columns=['lab', 'exercise', 'n', 'mean', 'solved', 'missed', 'discrimination'])
 
-# %% ../nbs/tools/03_grading.ipynb #3fc76827
+# %% ../nbs/tools/03_grading.ipynb #d901a213
 def plot_questions(
     q:pd.DataFrame # of `questions`
 ): # the figure
@@ -647,7 +650,7 @@ def plot_questions(
     fig.suptitle('Which question everybody misses (left), which separates (right)')
     return fig
 
-# %% ../nbs/tools/03_grading.ipynb #99950d2c
+# %% ../nbs/tools/03_grading.ipynb #59850d24
 def write_feedback(
     root:Path, # nbgrader's course folder
     out:Path, # gets <student>/<lab>.html
@@ -664,7 +667,7 @@ def write_feedback(
             with atomic(out/student/page.name) as tmp: shutil.copyfile(page, tmp)
             _mark_done(done(student, lab), key)
 
-# %% ../nbs/tools/03_grading.ipynb #9e1fe0da
+# %% ../nbs/tools/03_grading.ipynb #57ced586
 def _pages(root, results, table, done):
     "((student, lab), key) of the pages that are not yet written, or not with these points and comments."
     keys = {}
@@ -676,7 +679,7 @@ def _pages(root, results, table, done):
             keys[student, lab] = fingerprint(r['key'], told, said)
     return [(k, key) for k, key in sorted(keys.items()) if not _marked_done(done(*k), key)]
 
-# %% ../nbs/tools/03_grading.ipynb #440825eb
+# %% ../nbs/tools/03_grading.ipynb #6db4623f
 def read_labs(
     folder:Path=None # notebooks of the course, with solutions; nbs/ of the checkout if None
 ) -> dict: # name → `Lab`
@@ -687,7 +690,7 @@ def read_labs(
     if found := {lab.name: lab for lab in every if lab.marks}: return found
     raise ValueError(f'{folder}: no notebook with a check or an answer; expected the course\'s own, nbs/ of a checkout')
 
-# %% ../nbs/tools/03_grading.ipynb #0e3978b0
+# %% ../nbs/tools/03_grading.ipynb #b4e2e920
 def _write_table(table, path):
     with atomic(path) as tmp: table.to_csv(tmp, index=False, encoding='utf-8')
 
@@ -713,7 +716,7 @@ def _write_figure(q, path):
     with atomic(path) as tmp: fig.savefig(tmp, dpi=150, metadata=dict(Description=alt))
     plt.close(fig)
 
-# %% ../nbs/tools/03_grading.ipynb #f730198f
+# %% ../nbs/tools/03_grading.ipynb #2cc4187d
 def grade(
     inbox:Path, # folder of submissions, as `collect` reads it
     out:Path, # gets the tables, the figure, feedback/, and what a later run goes on from: results/, gradebook/
@@ -739,7 +742,7 @@ def _of_labs(labs, *folders):
     "What must not be seen, and what is imported once."
     return {*folders, *(lab.folder for lab in labs.values())} - {None}, [imports_of(lab.nb) for lab in labs.values()]
 
-# %% ../nbs/tools/03_grading.ipynb #562c510e
+# %% ../nbs/tools/03_grading.ipynb #57518616
 def _tell(out, labs, results, marked, problems):
     "From results to gradebook, feedback and tables."
     root, by_hand = out/'gradebook', answers(labs, results, marked)
@@ -751,7 +754,7 @@ def _tell(out, labs, results, marked, problems):
     _say(table, results, problems, out)
     return table
 
-# %% ../nbs/tools/03_grading.ipynb #2c7d4953
+# %% ../nbs/tools/03_grading.ipynb #17de9579
 def _list(problems, most=8):
     "Files that were not graded, in words."
     some = [f'{f}: {p}' for f, p in [*problems.items()][:most]]
@@ -766,10 +769,3 @@ def _say(table, results, problems, out):
     n = int(table.points.isna().sum())
     if n: print(f'{n} answers wait for a mark by hand: fill `points` in {out/"hand.csv"} and grade again')
     if table.remark.str.contains(UNSAFE, regex=False).any(): print(f'WARNING: copies were {UNSAFE}')
-
-def course_grade(
-    inbox:Path, out:Path, secret_file:Path, # the secret is made if the file is not there
-    labs:Path=None, hand:Path=None, jobs:int=2
-):
-    "What `pcam-tp course grade` does."
-    return grade(inbox, out, class_secret(secret_file), labs, hand, jobs)
