@@ -7,7 +7,7 @@ __all__ = ['WHY', 'ELSEWHERE', 'MOST', 'UNSAFE', 'class_secret', 'secret_number'
            'collect', 'examine', 'run_copies', 'executed', 'book', 'read_hand', 'answers', 'mark_by_hand', 'scores',
            'totals', 'questions', 'plot_questions', 'write_feedback', 'read_labs', 'grade']
 
-# %% ../nbs/tools/03_grading.ipynb #8eb3d1a7
+# %% ../nbs/tools/03_grading.ipynb #63a2bdf7
 import contextlib, hashlib, hmac, json, logging, os, queue, re, secrets, shutil, subprocess, sys, threading
 import warnings, zipfile
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from .classroom import (HIDDEN, LABS, TOLERANCE, course_files, imports_of, marks
 from .core import atomic, fingerprint, progress
 from .sandbox import Limits, Sandbox, matches
 
-# %% ../nbs/tools/03_grading.ipynb #97840c99
+# %% ../nbs/tools/03_grading.ipynb #d5454f9b
 def class_secret(
     path:Path # a text file; written if it is not there
 ) -> str:
@@ -52,7 +52,7 @@ def secret_number(
     digest = hmac.new(secret.encode(), name.encode(), hashlib.sha256).digest()
     return 1 + int.from_bytes(digest[:8], 'big') % (2**31 - 1)
 
-# %% ../nbs/tools/03_grading.ipynb #1d3488fa
+# %% ../nbs/tools/03_grading.ipynb #d989e644
 def _loose(submission, lab):
     "Code cells of a submission that neither bear a mark nor stand in the lab, if they are Python."
     marked, of_lab = {m.at for m in marks(submission)}, {_text(c).strip() for c in lab['cells']}
@@ -72,7 +72,7 @@ def _setup(nb, name):
 
 def _step(name, code, mark=None, values=False): return dict(name=name, code=code, mark=mark, values=values)
 
-# %% ../nbs/tools/03_grading.ipynb #058d4852
+# %% ../nbs/tools/03_grading.ipynb #6fdbc816
 def steps(
     nb, # the lab with a student's answers, as `stamp` gives it
     submission, # as it came in: helper functions of its own
@@ -90,11 +90,13 @@ def steps(
         if m.kind != 'answer': found.append(_step(f'{m.kind} {m.name}', code, m.key, bool(secret) and is_check))
     return found
 
-# %% ../nbs/tools/03_grading.ipynb #b3a53829
+# %% ../nbs/tools/03_grading.ipynb #333910bc
 WHY = dict(time='ran too long and was stopped', memory='took too much memory and was stopped',
            exit='ended its own process', processes='started too many processes and was stopped',
            output='printed without end and was stopped', total='was not run: the time of the copy was used up')
 ELSEWHERE = 'right where you can see it; with other inputs the result is another than expected'
+
+_PARSING = threading.Lock()   # `ast.parse` in two threads at once fails now and then (CPython 3.11, issue 106905)
 
 def play(
     box:Sandbox, nb, submission, # as of `steps`
@@ -103,13 +105,13 @@ def play(
     "Run a copy as the student sees it, then with hidden tests. What ended the first run is not tried again."
     runs, ended = [], set()
     for s in ('', secret):
-        cells = [c for c in steps(nb, submission, s) if c['mark'] not in ended]
+        with _PARSING: cells = [c for c in steps(nb, submission, s) if c['mark'] not in ended]
         results = box.run([{k: c[k] for k in ('name', 'code', 'values') if k in c} for c in cells])
         runs.append({c['mark'] or ('set-up', c['name']): r for c, r in zip(cells, results)})
         ended = {mark for mark, r in runs[0].items() if r['status'] in WHY}
     return tuple(runs)
 
-# %% ../nbs/tools/03_grading.ipynb #78b06a76
+# %% ../nbs/tools/03_grading.ipynb #10471cb2
 def _complaint(result):
     "Why a cell did not pass, in a line; '' if it did."
     if result is None: return 'was not run'
@@ -133,7 +135,7 @@ def verdict(
     right = hidden and hidden['status'] == 'ok' and (expected is None or matches(hidden['values'], expected, *near))
     return (mark.points, '') if right else (0, ELSEWHERE)
 
-# %% ../nbs/tools/03_grading.ipynb #d02a7d54
+# %% ../nbs/tools/03_grading.ipynb #55cd4017
 class Lab:
     "A graded lab: the course's notebook, its marks, and what its solutions give with a secret."
     def __init__(self, name:str, nb, folder:Path=None):
@@ -155,7 +157,7 @@ class Lab:
             self.expected[m.name] = None if values == ['none'] else values
         return self
 
-# %% ../nbs/tools/03_grading.ipynb #4fbc26e2
+# %% ../nbs/tools/03_grading.ipynb #836e63e6
 @dataclass
 class Copy:
     "A submitted notebook."
@@ -176,7 +178,7 @@ def _unzip(path, info):
     if len(content) > MOST: raise ValueError(f'more than {MOST/1e6:.0f} MB: too large for a notebook')
     return content
 
-# %% ../nbs/tools/03_grading.ipynb #7a87f007
+# %% ../nbs/tools/03_grading.ipynb #d678c8f3
 def _notebooks(inbox):
     "(name below the inbox, function that reads it) of each notebook, those in zips included; or (name, problem)."
     for path in _files(inbox):
@@ -186,7 +188,7 @@ def _notebooks(inbox):
         elif path.stat().st_size > MOST: yield name, f'{path.stat().st_size/1e6:,.0f} MB: too large for a notebook'
         else: yield name, path.read_bytes
 
-# %% ../nbs/tools/03_grading.ipynb #eaf42de2
+# %% ../nbs/tools/03_grading.ipynb #3b7e9c07
 def _whose(name, labs):
     "(student, lab) of a file; either may be missing. A student's name is cut to letters, digits and _ . @ + -"
     *folders, last = name.split('/')
@@ -204,7 +206,7 @@ def _zipped(path, name):
     if not infos: yield name, 'a zip without a notebook'
     for i in infos: yield f'{name[:-4]}/{i.filename}', partial(_unzip, path, i)
 
-# %% ../nbs/tools/03_grading.ipynb #78832d5b
+# %% ../nbs/tools/03_grading.ipynb #a5f2d557
 def collect(
     inbox:Path, # folder of submissions
     labs # names of the labs: stems of their files
@@ -226,7 +228,7 @@ def collect(
         found[student, lab] = copy
     return [found[k] for k in sorted(found)], problems
 
-# %% ../nbs/tools/03_grading.ipynb #f7efe5e7
+# %% ../nbs/tools/03_grading.ipynb #5a4b81ce
 def _read(content):
     "A notebook of bytes; `ValueError` says what is wrong with it."
     import nbformat
@@ -239,7 +241,7 @@ def _read(content):
     if not nb.get('cells'): raise ValueError('a notebook without cells')
     return nb
 
-# %% ../nbs/tools/03_grading.ipynb #66a45494
+# %% ../nbs/tools/03_grading.ipynb #5bd8418a
 UNSAFE = 'run WITHOUT a sandbox: this machine has neither bubblewrap nor user namespaces'
 
 def examine(
@@ -248,8 +250,9 @@ def examine(
     "Points, remarks, what was printed, and the answers of a copy."
     result = dict(student=copy.student, lab=copy.lab, file=copy.file, remarks=[], points={}, sources={}, shown={})
     try:
-        nb = _read(copy.content)
-        stamped, result['remarks'] = stamp(nb, lab.nb)
+        with _PARSING:
+            nb = _read(copy.content)
+            stamped, result['remarks'] = stamp(nb, lab.nb)
     except ValueError as e: return result | dict(broken=str(e))
     except Exception as e: return result | dict(broken=f'{type(e).__name__}: {e}')
     first, second = play(box, stamped, nb, secret)
@@ -261,7 +264,7 @@ def examine(
     if box.kind == 'none': result['remarks'].insert(0, UNSAFE)
     return result
 
-# %% ../nbs/tools/03_grading.ipynb #85671c9c
+# %% ../nbs/tools/03_grading.ipynb #d7b0d162
 class _Worker(threading.Thread):
     "Takes copies from a queue until there are none."
     def __init__(self, todo, done, new_box, secret, box=None):
@@ -281,7 +284,7 @@ class _Worker(threading.Thread):
         if self.box: self.box.close()
         self.box = None
 
-# %% ../nbs/tools/03_grading.ipynb #cd10f39e
+# %% ../nbs/tools/03_grading.ipynb #dedc316f
 @patch
 def grade(self:_Worker, copy, lab, path, key):
     "Examine a copy and keep the result; '' or why that could not be done."
@@ -292,9 +295,9 @@ def grade(self:_Worker, copy, lab, path, key):
             text = json.dumps(dict(result, key=key), ensure_ascii=True)
             with atomic(path) as tmp: tmp.write_text(text, encoding='utf-8')
             return ''
-        except (RuntimeError, OSError, ValueError) as e: problem = e
+        except Exception as e: problem = e
         self.stop()
-    return f'could not be run: {problem}'
+    return f'could not be run: {type(problem).__name__}: {problem}'
 
 @patch
 def finish(self:_Worker):
@@ -304,7 +307,7 @@ def finish(self:_Worker):
     if self.is_alive() and self.box and self.box.process: self.box.process.kill()
     if self.ident: self.join(20)
 
-# %% ../nbs/tools/03_grading.ipynb #9dfd0c89
+# %% ../nbs/tools/03_grading.ipynb #fed0befb
 @cache
 def _grader():
     "A fingerprint of all that decides points beside submission, lab and secret: this library."
@@ -322,7 +325,7 @@ def _kept(path, key):
     except (OSError, ValueError): return None
     return result if result.get('key') == key else None
 
-# %% ../nbs/tools/03_grading.ipynb #96da773e
+# %% ../nbs/tools/03_grading.ipynb #ff279aee
 def _broken(c, problems):
     why = problems.get((c.student, c.lab), 'was not run')
     return dict(student=c.student, lab=c.lab, file=c.file, remarks=[], broken=why)
@@ -342,7 +345,7 @@ def _work(workers, done, n):
         for w in workers: w.finish()
     return problems
 
-# %% ../nbs/tools/03_grading.ipynb #c161da39
+# %% ../nbs/tools/03_grading.ipynb #6bd6c575
 def run_copies(
     copies:list, labs:dict, # `Copy`s; `Lab`s by name
     folder:Path, # gets <lab>/<student>.json
@@ -360,12 +363,14 @@ def run_copies(
     try:
         for name in sorted({c.lab for c in left}): labs[name].solve(box, secret)
         workers = [_Worker(todo, done, new_box, secret, box if i == 0 else None) for i in range(min(jobs, len(left)))]
-        problems = _work(workers, done, len(left))
+        with warnings.catch_warnings():   # nbformat's, on copies that it mends
+            warnings.simplefilter('ignore')
+            problems = _work(workers, done, len(left))
     finally:
         if box: box.close()
     return {(c.student, c.lab): _kept(*place(c)) or _broken(c, problems) for c in copies}
 
-# %% ../nbs/tools/03_grading.ipynb #34549bdd
+# %% ../nbs/tools/03_grading.ipynb #9ed535ac
 def _short(nb):
     "Positions of the title and the marked cells, each with the text before it."
     at = [m.at for m in marks(nb)]
@@ -382,7 +387,7 @@ def _cut(nb):
     new['cells'] = [new['cells'][i] for i in _short(new)]
     return new
 
-# %% ../nbs/tools/03_grading.ipynb #d7ef6bd6
+# %% ../nbs/tools/03_grading.ipynb #92d83d3e
 def executed(
     lab:Lab, result:dict # of `examine`
 ): # a notebook
@@ -404,7 +409,7 @@ def _outputs(r, remark):
         yield new_output('error', ename=kind, evalue=text, traceback=told.splitlines())
     elif why := remark or _complaint(r): yield new_output('error', ename='Check', evalue=why, traceback=[why])
 
-# %% ../nbs/tools/03_grading.ipynb #4c6580e3
+# %% ../nbs/tools/03_grading.ipynb #9fb2448c
 def _nbgrader():
     "nbgrader, with an error that says how to get it."
     try:
@@ -428,7 +433,7 @@ def _quiet():
             yield
     finally: log.setLevel(level)
 
-# %% ../nbs/tools/03_grading.ipynb #5d2113d8
+# %% ../nbs/tools/03_grading.ipynb #047424f8
 def _settings(root, lab):
     "nbgrader's settings: nothing is run, nothing is cleared, nothing is cut out."
     from traitlets.config import Config
@@ -442,7 +447,7 @@ def _settings(root, lab):
     c.HTMLExporter.sanitize_html = True   # answers are other people's HTML
     return c
 
-# %% ../nbs/tools/03_grading.ipynb #546c8650
+# %% ../nbs/tools/03_grading.ipynb #805073c8
 class _Step:
     "A converter of nbgrader that is set up once for a lab and then called for one student at a time."
     def __init__(self, kind, root, lab):
@@ -464,7 +469,7 @@ class _Step:
             self.step.convert_notebooks()
         finally: os.chdir(here)
 
-# %% ../nbs/tools/03_grading.ipynb #1f66ac6d
+# %% ../nbs/tools/03_grading.ipynb #62f4b224
 def _write_nb(nb, path):
     import nbformat
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -479,7 +484,7 @@ def _mark_done(path, key):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as tmp: tmp.write_text(key, encoding='utf-8')
 
-# %% ../nbs/tools/03_grading.ipynb #2dcfc9c5
+# %% ../nbs/tools/03_grading.ipynb #a57e06bb
 def _gradebook(root): return _nbgrader().api.Gradebook(f'sqlite:///{root}/gradebook.db')
 
 def _forget(root, student, lab):
@@ -496,7 +501,7 @@ def _new_lab(root, lab):
     _Step('GenerateAssignment', root, lab.name)('.')
     _mark_done(done, lab.key)
 
-# %% ../nbs/tools/03_grading.ipynb #fc7ca10e
+# %% ../nbs/tools/03_grading.ipynb #36046049
 def book(
     root:Path, # nbgrader's course folder
     labs:dict, results:dict # of `run_copies`
@@ -515,7 +520,7 @@ def book(
             steps[lab](student)
             _mark_done(done(student, lab), r['key'])
 
-# %% ../nbs/tools/03_grading.ipynb #8e5fb971
+# %% ../nbs/tools/03_grading.ipynb #2086d934
 _HAND = 'student', 'lab', 'answer', 'text', 'points', 'max', 'comment', 'file'
 
 def _safe(text):
@@ -525,7 +530,7 @@ def _safe(text):
 
 def _plain(source): return re.sub(r'<!--.*?-->', '', source, flags=re.S).strip()
 
-# %% ../nbs/tools/03_grading.ipynb #582595c7
+# %% ../nbs/tools/03_grading.ipynb #17d8b910
 def read_hand(
     path:Path # a filled `hand.csv`
 ) -> dict: # (student, lab, answer) → row as a dict; `points` a number or None
@@ -544,7 +549,7 @@ def read_hand(
         rows[row['student'], row['lab'], row['answer']] = dict(row, points=points)
     return rows
 
-# %% ../nbs/tools/03_grading.ipynb #a976b9b6
+# %% ../nbs/tools/03_grading.ipynb #a7657cf3
 def answers(
     labs:dict, results:dict,
     marked:dict=None # of `read_hand`
@@ -568,7 +573,7 @@ def _carried(row, old):
     comment = f"was marked {old['points']:g} for an earlier text. {old.get('comment', '')}"
     return dict(points=None, comment=comment.strip())
 
-# %% ../nbs/tools/03_grading.ipynb #0612cd73
+# %% ../nbs/tools/03_grading.ipynb #09dcfcfe
 def mark_by_hand(root:Path, marks:pd.DataFrame):
     "Enter points and comments into nbgrader's gradebook; what is empty leaves the marks that are there."
     with _quiet(), _gradebook(root) as gb:
@@ -579,7 +584,7 @@ def mark_by_hand(root:Path, marks:pd.DataFrame):
             if row['comment']: comment.manual_comment = row['comment']
         gb.db.commit()
 
-# %% ../nbs/tools/03_grading.ipynb #151ac98c
+# %% ../nbs/tools/03_grading.ipynb #e9b3f270
 def scores(
     root:Path, labs:dict, results:dict
 ) -> pd.DataFrame: # student, lab, exercise, kind, points (NaN: to be marked by hand), max, remark
@@ -598,7 +603,7 @@ def _booked(gb, labs):
     found = [(s.student.id, lab, n) for lab in labs for s in gb.assignment_submissions(lab) for n in s.notebooks]
     return {(student, lab, g.name): points(g) for student, lab, n in found for g in n.grades}
 
-# %% ../nbs/tools/03_grading.ipynb #b19489bd
+# %% ../nbs/tools/03_grading.ipynb #9c57062b
 def _row(student, lab, m, r, points):
     "A line of the scores; what was said about the whole copy stands in each of its lines."
     about = [t for t in r['remarks'] if f' {m.name}:' in t or not re.match(r'(exercise|check|answer) ', t)]
@@ -618,7 +623,7 @@ def totals(
     wide.loc['(maximum)'] = most
     return wide.assign(total=wide.sum(axis=1)).reset_index()
 
-# %% ../nbs/tools/03_grading.ipynb #d9f9e5a2
+# %% ../nbs/tools/03_grading.ipynb #2fbc53ef
 def questions(
     table:pd.DataFrame # of `scores`
 ) -> pd.DataFrame: # lab, exercise, n (copies with a mark), mean, solved, missed (shares), discrimination
@@ -633,7 +638,7 @@ def questions(
         rows.append((lab, name, len(t), share.mean(), (share == 1).mean(), (share == 0).mean(), r))
     return pd.DataFrame(rows, columns=['lab', 'exercise', 'n', 'mean', 'solved', 'missed', 'discrimination'])
 
-# %% ../nbs/tools/03_grading.ipynb #d901a213
+# %% ../nbs/tools/03_grading.ipynb #9ecab69b
 def plot_questions(
     q:pd.DataFrame # of `questions`
 ): # the figure
@@ -650,7 +655,7 @@ def plot_questions(
     fig.suptitle('Which question everybody misses (left), which separates (right)')
     return fig
 
-# %% ../nbs/tools/03_grading.ipynb #59850d24
+# %% ../nbs/tools/03_grading.ipynb #c9006643
 def write_feedback(
     root:Path, # nbgrader's course folder
     out:Path, # gets <student>/<lab>.html
@@ -667,7 +672,7 @@ def write_feedback(
             with atomic(out/student/page.name) as tmp: shutil.copyfile(page, tmp)
             _mark_done(done(student, lab), key)
 
-# %% ../nbs/tools/03_grading.ipynb #57ced586
+# %% ../nbs/tools/03_grading.ipynb #2ac1de0a
 def _pages(root, results, table, done):
     "((student, lab), key) of the pages that are not yet written, or not with these points and comments."
     keys = {}
@@ -679,7 +684,7 @@ def _pages(root, results, table, done):
             keys[student, lab] = fingerprint(r['key'], told, said)
     return [(k, key) for k, key in sorted(keys.items()) if not _marked_done(done(*k), key)]
 
-# %% ../nbs/tools/03_grading.ipynb #6db4623f
+# %% ../nbs/tools/03_grading.ipynb #560fe5f0
 def read_labs(
     folder:Path=None # notebooks of the course, with solutions; nbs/ of the checkout if None
 ) -> dict: # name → `Lab`
@@ -690,7 +695,7 @@ def read_labs(
     if found := {lab.name: lab for lab in every if lab.marks}: return found
     raise ValueError(f'{folder}: no notebook with a check or an answer; expected the course\'s own, nbs/ of a checkout')
 
-# %% ../nbs/tools/03_grading.ipynb #b4e2e920
+# %% ../nbs/tools/03_grading.ipynb #eafd92b6
 def _write_table(table, path):
     with atomic(path) as tmp: table.to_csv(tmp, index=False, encoding='utf-8')
 
@@ -716,7 +721,7 @@ def _write_figure(q, path):
     with atomic(path) as tmp: fig.savefig(tmp, dpi=150, metadata=dict(Description=alt))
     plt.close(fig)
 
-# %% ../nbs/tools/03_grading.ipynb #2cc4187d
+# %% ../nbs/tools/03_grading.ipynb #19f73083
 def grade(
     inbox:Path, # folder of submissions, as `collect` reads it
     out:Path, # gets the tables, the figure, feedback/, and what a later run goes on from: results/, gradebook/
@@ -742,7 +747,7 @@ def _of_labs(labs, *folders):
     "What must not be seen, and what is imported once."
     return {*folders, *(lab.folder for lab in labs.values())} - {None}, [imports_of(lab.nb) for lab in labs.values()]
 
-# %% ../nbs/tools/03_grading.ipynb #57518616
+# %% ../nbs/tools/03_grading.ipynb #f5e7fb59
 def _tell(out, labs, results, marked, problems):
     "From results to gradebook, feedback and tables."
     root, by_hand = out/'gradebook', answers(labs, results, marked)
@@ -754,7 +759,7 @@ def _tell(out, labs, results, marked, problems):
     _say(table, results, problems, out)
     return table
 
-# %% ../nbs/tools/03_grading.ipynb #17de9579
+# %% ../nbs/tools/03_grading.ipynb #5548c10d
 def _list(problems, most=8):
     "Files that were not graded, in words."
     some = [f'{f}: {p}' for f, p in [*problems.items()][:most]]
