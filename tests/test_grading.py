@@ -201,7 +201,7 @@ grade(Path(inbox), Path(out), secret, labs=Path(labs), jobs=1, limits=Limits(cpu
 
 
 def test_a_killed_run_goes_on(course, tmp_path):
-    "SIGKILL to the whole process group at two moments; the tables are those of an undisturbed run, and nothing is left running."
+    "SIGKILL to the whole process group at two moments; the tables are those of an undisturbed run."
     folder, table = course
     names = ['honest', 'knows', 'exits', 'turned']
     for name in names:
