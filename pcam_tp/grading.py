@@ -7,7 +7,7 @@ __all__ = ['WHY', 'ELSEWHERE', 'MOST', 'UNSAFE', 'class_secret', 'secret_number'
            'collect', 'examine', 'run_copies', 'executed', 'book', 'read_hand', 'answers', 'mark_by_hand', 'scores',
            'totals', 'questions', 'plot_questions', 'write_feedback', 'read_labs', 'grade']
 
-# %% ../nbs/tools/03_grading.ipynb #9136a983
+# %% ../nbs/tools/03_grading.ipynb #d1ada6c1
 import contextlib, hashlib, hmac, json, logging, os, queue, re, secrets, shutil, subprocess, sys, threading
 import warnings, zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,7 +28,7 @@ from .classroom import (HIDDEN, LABS, TOLERANCE, course_files, imports_of, marks
 from .core import atomic, fingerprint, progress
 from .sandbox import Limits, Sandbox, matches
 
-# %% ../nbs/tools/03_grading.ipynb #395d5327
+# %% ../nbs/tools/03_grading.ipynb #dcd6bf3c
 def class_secret(
     path:Path # a text file; written if it is not there
 ) -> str:
@@ -54,7 +54,7 @@ def secret_number(
     digest = hmac.new(secret.encode(), name.encode(), hashlib.sha256).digest()
     return 1 + int.from_bytes(digest[:8], 'big') % (2**31 - 1)
 
-# %% ../nbs/tools/03_grading.ipynb #04e2a279
+# %% ../nbs/tools/03_grading.ipynb #44734b4d
 def _loose(submission, lab):
     "Code cells of a submission that neither bear a mark nor stand in the lab, if they are Python."
     marked, of_lab = {m.at for m in marks(submission)}, {_text(c).strip() for c in lab['cells']}
@@ -74,7 +74,7 @@ def _setup(nb, name):
 
 def _step(name, code, mark=None, values=False): return dict(name=name, code=code, mark=mark, values=values)
 
-# %% ../nbs/tools/03_grading.ipynb #49d67ec1
+# %% ../nbs/tools/03_grading.ipynb #81b0de2b
 def steps(
     nb, # the lab with a student's answers, as `stamp` gives it
     submission, # as it came in: helper functions of its own
@@ -92,7 +92,7 @@ def steps(
         if m.kind != 'answer': found.append(_step(f'{m.kind} {m.name}', code, m.key, bool(secret) and is_check))
     return found
 
-# %% ../nbs/tools/03_grading.ipynb #25a79f5a
+# %% ../nbs/tools/03_grading.ipynb #e8002be9
 WHY = dict(time='ran too long and was stopped', memory='took too much memory and was stopped',
            exit='ended its own process', processes='started too many processes and was stopped',
            output='printed without end and was stopped', total='was not run: the time of the copy was used up')
@@ -113,7 +113,7 @@ def play(
         ended = {mark for mark, r in runs[0].items() if r['status'] in WHY}
     return tuple(runs)
 
-# %% ../nbs/tools/03_grading.ipynb #6b91b6c1
+# %% ../nbs/tools/03_grading.ipynb #99674667
 def _complaint(result):
     "Why a cell did not pass, in a line; '' if it did."
     if result is None: return 'was not run'
@@ -137,7 +137,7 @@ def verdict(
     right = hidden and hidden['status'] == 'ok' and (expected is None or matches(hidden['values'], expected, *near))
     return (mark.points, '') if right else (0, ELSEWHERE)
 
-# %% ../nbs/tools/03_grading.ipynb #6c8fc7f1
+# %% ../nbs/tools/03_grading.ipynb #d210d554
 class Lab:
     "A graded lab: the course's notebook, its marks, and what its solutions give with a secret."
     def __init__(self, name:str, nb, folder:Path=None):
@@ -159,7 +159,7 @@ class Lab:
             self.expected[m.name] = None if values == ['none'] else values
         return self
 
-# %% ../nbs/tools/03_grading.ipynb #3e3761e5
+# %% ../nbs/tools/03_grading.ipynb #9841b294
 @dataclass
 class Copy:
     "A submitted notebook."
@@ -180,7 +180,7 @@ def _unzip(path, info):
     if len(content) > MOST: raise ValueError(f'more than {MOST/1e6:.0f} MB: too large for a notebook')
     return content
 
-# %% ../nbs/tools/03_grading.ipynb #5590b353
+# %% ../nbs/tools/03_grading.ipynb #4ae57157
 def _notebooks(inbox):
     "(name below the inbox, function that reads it) of each notebook, those in zips included; or (name, problem)."
     for path in _files(inbox):
@@ -190,7 +190,7 @@ def _notebooks(inbox):
         elif path.stat().st_size > MOST: yield name, f'{path.stat().st_size/1e6:,.0f} MB: too large for a notebook'
         else: yield name, path.read_bytes
 
-# %% ../nbs/tools/03_grading.ipynb #4c76c54f
+# %% ../nbs/tools/03_grading.ipynb #72b45e55
 def _whose(name, labs):
     "(student, lab) of a file; either may be missing. A student's name is cut to letters, digits and _ . @ + -"
     *folders, last = name.split('/')
@@ -208,7 +208,7 @@ def _zipped(path, name):
     if not infos: yield name, 'a zip without a notebook'
     for i in infos: yield f'{name[:-4]}/{i.filename}', partial(_unzip, path, i)
 
-# %% ../nbs/tools/03_grading.ipynb #b3d11dc9
+# %% ../nbs/tools/03_grading.ipynb #e939f263
 def collect(
     inbox:Path, # folder of submissions
     labs # names of the labs: stems of their files
@@ -230,7 +230,7 @@ def collect(
         found[student, lab] = copy
     return [found[k] for k in sorted(found)], problems
 
-# %% ../nbs/tools/03_grading.ipynb #d7eff94b
+# %% ../nbs/tools/03_grading.ipynb #8625e1ae
 def _read(content):
     "A notebook of bytes; `ValueError` says what is wrong with it."
     import nbformat
@@ -243,7 +243,7 @@ def _read(content):
     if not nb.get('cells'): raise ValueError('a notebook without cells')
     return nb
 
-# %% ../nbs/tools/03_grading.ipynb #9fe05ac4
+# %% ../nbs/tools/03_grading.ipynb #4dfac259
 UNSAFE = 'run WITHOUT a sandbox: this machine has neither bubblewrap nor user namespaces'
 
 def examine(
@@ -266,7 +266,7 @@ def examine(
     if box.kind == 'none': result['remarks'].insert(0, UNSAFE)
     return result
 
-# %% ../nbs/tools/03_grading.ipynb #c63e56d3
+# %% ../nbs/tools/03_grading.ipynb #a4425a18
 class _Worker(threading.Thread):
     "Takes copies from a queue until there are none."
     def __init__(self, todo, done, new_box, secret, box=None):
@@ -286,7 +286,7 @@ class _Worker(threading.Thread):
         if self.box: self.box.close()
         self.box = None
 
-# %% ../nbs/tools/03_grading.ipynb #93c0faf3
+# %% ../nbs/tools/03_grading.ipynb #53d0be7c
 @patch
 def grade(self:_Worker, copy, lab, path, key):
     "Examine a copy and keep the result; '' or why that could not be done."
@@ -309,7 +309,7 @@ def finish(self:_Worker):
     if self.is_alive() and self.box and self.box.process: self.box.process.kill()
     if self.ident: self.join(20)
 
-# %% ../nbs/tools/03_grading.ipynb #426b6525
+# %% ../nbs/tools/03_grading.ipynb #8b568299
 @cache
 def _grader():
     "A fingerprint of all that decides points beside submission, lab and secret: this library."
@@ -327,7 +327,7 @@ def _kept(path, key):
     except (OSError, ValueError): return None
     return result if result.get('key') == key else None
 
-# %% ../nbs/tools/03_grading.ipynb #cb49bcbc
+# %% ../nbs/tools/03_grading.ipynb #f58db677
 def _broken(c, problems):
     why = problems.get((c.student, c.lab), 'was not run')
     return dict(student=c.student, lab=c.lab, file=c.file, remarks=[], broken=why)
@@ -347,7 +347,7 @@ def _work(workers, done, n):
         for w in workers: w.finish()
     return problems
 
-# %% ../nbs/tools/03_grading.ipynb #a6767177
+# %% ../nbs/tools/03_grading.ipynb #8fd13806
 def run_copies(
     copies:list, labs:dict, # `Copy`s; `Lab`s by name
     folder:Path, # gets <lab>/<student>.json
@@ -372,7 +372,7 @@ def run_copies(
         if box: box.close()
     return {(c.student, c.lab): _kept(*place(c)) or _broken(c, problems) for c in copies}
 
-# %% ../nbs/tools/03_grading.ipynb #e32c645c
+# %% ../nbs/tools/03_grading.ipynb #9e12b4f9
 def _short(nb):
     "Positions of the title and the marked cells, each with the text before it."
     at = [m.at for m in marks(nb)]
@@ -389,7 +389,7 @@ def _cut(nb):
     new['cells'] = [new['cells'][i] for i in _short(new)]
     return new
 
-# %% ../nbs/tools/03_grading.ipynb #a7f38f37
+# %% ../nbs/tools/03_grading.ipynb #1cbba747
 def executed(
     lab:Lab, result:dict # of `examine`
 ): # a notebook
@@ -411,7 +411,7 @@ def _outputs(r, remark):
         yield new_output('error', ename=kind, evalue=text, traceback=told.splitlines())
     elif why := remark or _complaint(r): yield new_output('error', ename='Check', evalue=why, traceback=[why])
 
-# %% ../nbs/tools/03_grading.ipynb #bac9c64c
+# %% ../nbs/tools/03_grading.ipynb #39f53d58
 def _nbgrader():
     "nbgrader, with an error that says how to get it."
     try:
@@ -435,7 +435,7 @@ def _quiet():
             yield
     finally: log.setLevel(level)
 
-# %% ../nbs/tools/03_grading.ipynb #81c6eca5
+# %% ../nbs/tools/03_grading.ipynb #7e3fece6
 def _settings(root, lab):
     "nbgrader's settings: nothing is run, nothing is cleared, nothing is cut out."
     from traitlets.config import Config
@@ -449,7 +449,7 @@ def _settings(root, lab):
     c.HTMLExporter.sanitize_html = True   # answers are other people's HTML
     return c
 
-# %% ../nbs/tools/03_grading.ipynb #1c6313b4
+# %% ../nbs/tools/03_grading.ipynb #d6f89c09
 class _Step:
     "A converter of nbgrader that is set up once for a lab and then called for one student at a time."
     def __init__(self, kind, root, lab):
@@ -471,7 +471,7 @@ class _Step:
             self.step.convert_notebooks()
         finally: os.chdir(here)
 
-# %% ../nbs/tools/03_grading.ipynb #da6ad95a
+# %% ../nbs/tools/03_grading.ipynb #ca1e5e98
 def _write_nb(nb, path):
     import nbformat
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -486,7 +486,7 @@ def _mark_done(path, key):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as tmp: tmp.write_text(key, encoding='utf-8')
 
-# %% ../nbs/tools/03_grading.ipynb #009b535f
+# %% ../nbs/tools/03_grading.ipynb #d9704028
 def _gradebook(root): return _nbgrader().api.Gradebook(f'sqlite:///{root}/gradebook.db')
 
 def _forget(root, student, lab):
@@ -503,7 +503,7 @@ def _new_lab(root, lab):
     _Step('GenerateAssignment', root, lab.name)('.')
     _mark_done(done, lab.key)
 
-# %% ../nbs/tools/03_grading.ipynb #337fa916
+# %% ../nbs/tools/03_grading.ipynb #fa37c638
 def book(
     root:Path, # nbgrader's course folder
     labs:dict, results:dict # of `run_copies`
@@ -522,7 +522,7 @@ def book(
             steps[lab](student)
             _mark_done(done(student, lab), r['key'])
 
-# %% ../nbs/tools/03_grading.ipynb #a84cb6df
+# %% ../nbs/tools/03_grading.ipynb #4814b483
 _HAND = 'student', 'lab', 'answer', 'text', 'points', 'max', 'comment', 'file'
 
 def _safe(text):
@@ -532,7 +532,7 @@ def _safe(text):
 
 def _plain(source): return re.sub(r'<!--.*?-->', '', source, flags=re.S).strip()
 
-# %% ../nbs/tools/03_grading.ipynb #1a6f9322
+# %% ../nbs/tools/03_grading.ipynb #c97aab63
 def read_hand(
     path:Path # a filled `hand.csv`
 ) -> dict: # (student, lab, answer) → row as a dict; `points` a number or None
@@ -551,7 +551,7 @@ def read_hand(
         rows[row['student'], row['lab'], row['answer']] = dict(row, points=points)
     return rows
 
-# %% ../nbs/tools/03_grading.ipynb #9db8eb54
+# %% ../nbs/tools/03_grading.ipynb #f82b3d1d
 def answers(
     labs:dict, results:dict,
     marked:dict=None # of `read_hand`
@@ -575,7 +575,7 @@ def _carried(row, old):
     comment = f"was marked {old['points']:g} for an earlier text. {old.get('comment', '')}"
     return dict(points=None, comment=comment.strip())
 
-# %% ../nbs/tools/03_grading.ipynb #4bad391d
+# %% ../nbs/tools/03_grading.ipynb #869d4d0e
 def mark_by_hand(root:Path, marks:pd.DataFrame):
     "Enter points and comments into nbgrader's gradebook; what is empty leaves the marks that are there."
     with _quiet(), _gradebook(root) as gb:
@@ -586,7 +586,7 @@ def mark_by_hand(root:Path, marks:pd.DataFrame):
             if row['comment']: comment.manual_comment = row['comment']
         gb.db.commit()
 
-# %% ../nbs/tools/03_grading.ipynb #f9d01e92
+# %% ../nbs/tools/03_grading.ipynb #0a25014c
 def scores(
     root:Path, labs:dict, results:dict
 ) -> pd.DataFrame: # student, lab, exercise, kind, points (NaN: to be marked by hand), max, remark
@@ -605,7 +605,7 @@ def _booked(gb, labs):
     found = [(s.student.id, lab, n) for lab in labs for s in gb.assignment_submissions(lab) for n in s.notebooks]
     return {(student, lab, g.name): points(g) for student, lab, n in found for g in n.grades}
 
-# %% ../nbs/tools/03_grading.ipynb #1695b208
+# %% ../nbs/tools/03_grading.ipynb #3b1f15c3
 def _row(student, lab, m, r, points):
     "A line of the scores; what was said about the whole copy stands in each of its lines."
     about = [t for t in r['remarks'] if f' {m.name}:' in t or not re.match(r'(exercise|check|answer) ', t)]
@@ -625,7 +625,7 @@ def totals(
     wide.loc['(maximum)'] = most
     return wide.assign(total=wide.sum(axis=1)).reset_index()
 
-# %% ../nbs/tools/03_grading.ipynb #ce441d5e
+# %% ../nbs/tools/03_grading.ipynb #38800e1c
 def questions(
     table:pd.DataFrame # of `scores`
 ) -> pd.DataFrame: # lab, exercise, n (copies with a mark), mean, solved, missed (shares), discrimination
@@ -640,7 +640,7 @@ def questions(
         rows.append((lab, name, len(t), share.mean(), (share == 1).mean(), (share == 0).mean(), r))
     return pd.DataFrame(rows, columns=['lab', 'exercise', 'n', 'mean', 'solved', 'missed', 'discrimination'])
 
-# %% ../nbs/tools/03_grading.ipynb #401d3e38
+# %% ../nbs/tools/03_grading.ipynb #f4b860a9
 def plot_questions(
     q:pd.DataFrame # of `questions`
 ): # the figure
@@ -657,7 +657,7 @@ def plot_questions(
     fig.suptitle('Which question everybody misses (left), which separates (right)')
     return fig
 
-# %% ../nbs/tools/03_grading.ipynb #27eded25
+# %% ../nbs/tools/03_grading.ipynb #5fc12549
 def write_feedback(
     root:Path, # nbgrader's course folder
     out:Path, # gets <student>/<lab>.html
@@ -674,7 +674,7 @@ def write_feedback(
         waiting = as_completed([pool.submit(_feedback, *t) for t in todo])
         for done in progress(waiting, total=len(todo), desc='feedback'): done.result()
 
-# %% ../nbs/tools/03_grading.ipynb #57918d8c
+# %% ../nbs/tools/03_grading.ipynb #8dbc2271
 def _feedback(root, out, lab, part):
     "Pages of a lab: (student, key) of each."
     with _quiet():
@@ -688,7 +688,7 @@ def _feedback(root, out, lab, part):
 
 def _page_done(root, student, lab): return root/'done'/lab/f'{student}.feedback'
 
-# %% ../nbs/tools/03_grading.ipynb #6634d87c
+# %% ../nbs/tools/03_grading.ipynb #5a9d8ba5
 def _pages(root, results, table):
     "Lab → (student, key) of the pages that are not yet written, or not with these points and comments."
     keys = {}
@@ -701,7 +701,7 @@ def _pages(root, results, table):
             if not _marked_done(_page_done(root, student, lab), key): keys.setdefault(lab, []).append((student, key))
     return keys
 
-# %% ../nbs/tools/03_grading.ipynb #7720ffa6
+# %% ../nbs/tools/03_grading.ipynb #471853f7
 def read_labs(
     folder:Path=None # notebooks of the course, with solutions; nbs/ of the checkout if None
 ) -> dict: # name → `Lab`
@@ -712,7 +712,7 @@ def read_labs(
     if found := {lab.name: lab for lab in every if lab.marks}: return found
     raise ValueError(f'{folder}: no notebook with a check or an answer; expected the course\'s own, nbs/ of a checkout')
 
-# %% ../nbs/tools/03_grading.ipynb #6741dc31
+# %% ../nbs/tools/03_grading.ipynb #04c634bb
 def _write_table(table, path):
     with atomic(path) as tmp: table.to_csv(tmp, index=False, encoding='utf-8')
 
@@ -738,7 +738,7 @@ def _write_figure(q, path):
     with atomic(path) as tmp: fig.savefig(tmp, dpi=150, metadata=dict(Description=alt))
     plt.close(fig)
 
-# %% ../nbs/tools/03_grading.ipynb #8aa74fad
+# %% ../nbs/tools/03_grading.ipynb #6c56ffa0
 def grade(
     inbox:Path, # folder of submissions, as `collect` reads it
     out:Path, # gets the tables, the figure, feedback/, and what a later run goes on from: results/, gradebook/
@@ -760,7 +760,7 @@ def grade(
     results = run_copies(copies, labs, out/'results', secret, seal, jobs, limits)
     return _tell(out, labs, results, marked, problems, jobs)
 
-# %% ../nbs/tools/03_grading.ipynb #6b5a3507
+# %% ../nbs/tools/03_grading.ipynb #51a9a6e1
 def _of_labs(labs, *folders):
     "What must not be seen, and what is imported once."
     of_course = {lab.folder for lab in labs.values()} - {None}
@@ -778,7 +778,7 @@ def _tell(out, labs, results, marked, problems, jobs):
     _say(table, results, problems, out)
     return table
 
-# %% ../nbs/tools/03_grading.ipynb #a5e25f1d
+# %% ../nbs/tools/03_grading.ipynb #60bdee87
 def _list(problems, most=8):
     "Files that were not graded, in words."
     some = [f'{f}: {p}' for f, p in [*problems.items()][:most]]

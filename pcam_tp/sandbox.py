@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'Limits', 'encode', 'matches', 'Sandbox']
 
-# %% ../nbs/tools/02b_sandbox.ipynb #676f7afa
+# %% ../nbs/tools/02b_sandbox.ipynb #b003d8a3
 import base64, ctypes, json, linecache, os, select, shutil, signal, subprocess, sys, sysconfig, tempfile, time
 import traceback, types
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 import pcam_tp
 
-# %% ../nbs/tools/02b_sandbox.ipynb #a1ad421d
+# %% ../nbs/tools/02b_sandbox.ipynb #d9a20dc9
 @dataclass(frozen=True)
 class Limits:
     "What a copy may use; beyond it, the cell at work is ended and the others still run."
@@ -31,7 +31,7 @@ class Limits:
     output:int=8_000   # characters of a cell that are kept
     values:int=4_000_000   # bytes of results of a cell
 
-# %% ../nbs/tools/02b_sandbox.ipynb #7bd6d2ea
+# %% ../nbs/tools/02b_sandbox.ipynb #05358dd6
 def encode(
     v # a number, string, bool, None, array or tensor; or a list, tuple or dict of such
 ) -> list: # [kind, content], as JSON can say it
@@ -46,13 +46,13 @@ def encode(
         v = (v.float() if v.dtype in (torch.bfloat16, torch.float16) else v).resolve_conj().numpy()
     if type(v) is np.ndarray and v.dtype.kind in 'biufc':
         kind = 'bool' if v.dtype.kind == 'b' else 'number'
-        v = np.ascontiguousarray(v, dtype=v.dtype.newbyteorder('<'))
+        v = np.asarray(v, dtype=v.dtype.newbyteorder('<'), order='C')   # a number stays without axes
         return [kind + 's', v.dtype.str, list(np.shape(v)), base64.b64encode(v.tobytes()).decode()]
     if t in (list, tuple): return ['list', [encode(x) for x in v]]
     if t is dict and all(type(k) is str for k in v): return ['dict', {k: encode(x) for k, x in v.items()}]
     return ['other', str(t.__name__)[:80]]
 
-# %% ../nbs/tools/02b_sandbox.ipynb #e4c02964
+# %% ../nbs/tools/02b_sandbox.ipynb #9e2f832c
 def matches(
     found:list, expected:list, # of `encode`; `found` may be anything at all
     rtol:float=1e-3, atol:float=1e-5
@@ -76,7 +76,7 @@ def _array(v):
     if dtype.kind not in ('b' if kind == 'bools' else 'iufc'): raise ValueError(dtype)
     return np.frombuffer(base64.b64decode(content), dtype).reshape(shape)
 
-# %% ../nbs/tools/02b_sandbox.ipynb #ef36ed29
+# %% ../nbs/tools/02b_sandbox.ipynb #6cc9e449
 class _Nothing:
     "Stands for IPython: line magics and shell commands of a copy do nothing here."
     def __getattr__(self, name): return lambda *a, **k: None
@@ -94,7 +94,7 @@ def _told(e, names):
         return ''.join(t.format())[-3_000:], type(e).__name__, str(e)[:500]
     except BaseException: return 'an error that cannot be shown', 'Error', ''
 
-# %% ../nbs/tools/02b_sandbox.ipynb #73a89bbd
+# %% ../nbs/tools/02b_sandbox.ipynb #bc3661dd
 def _play(cells, left, say, wait, limits):
     "Run the cells whose numbers are in `left`; `say` each start and end, and `wait` until it is heard."
     main, names = types.ModuleType('__main__'), {f'<{c["name"]}>' for c in cells}
@@ -117,7 +117,7 @@ def _play(cells, left, say, wait, limits):
         wait()
     say(done=True)
 
-# %% ../nbs/tools/02b_sandbox.ipynb #d823167b
+# %% ../nbs/tools/02b_sandbox.ipynb #834dfe15
 _NEW = dict(user=0x10000000, mounts=0x20000, processes=0x20000000, network=0x40000000, ipc=0x8000000, names=0x4000000)
 _NOSUID, _NODEV, _REC, _PRIVATE = 2, 4, 1 << 14, 1 << 18   # flags of mount(2)
 
@@ -127,7 +127,7 @@ def _call(function, *args):
         n = ctypes.get_errno()
         raise OSError(n, f'{function}: {os.strerror(n)}')
 
-# %% ../nbs/tools/02b_sandbox.ipynb #dd04276c
+# %% ../nbs/tools/02b_sandbox.ipynb #5027d9ba
 def _seal(disk):
     "New namespaces for this process and its children: the caller comes back as the first process of a world."
     uid, gid = os.getuid(), os.getgid()
@@ -145,7 +145,7 @@ def _seal(disk):
     if first: os._exit(min(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) & 255, 255))
     _drop_rights()
 
-# %% ../nbs/tools/02b_sandbox.ipynb #903f5647
+# %% ../nbs/tools/02b_sandbox.ipynb #9b29add2
 def _drop_rights():
     "No capabilities, now or later (`capabilities(7)`, `PR_SET_NO_NEW_PRIVS`)."
     for c in range(64): ctypes.CDLL(None).prctl(24, c, 0, 0, 0)   # PR_CAPBSET_DROP
@@ -163,7 +163,7 @@ def _hold(limits, base):
     most(resource.RLIMIT_CORE, 0)
     most(resource.RLIMIT_NOFILE, 256)
 
-# %% ../nbs/tools/02b_sandbox.ipynb #ba1aa96c
+# %% ../nbs/tools/02b_sandbox.ipynb #8f0a0c99
 def _child(cells, left, limits, kind, base, pipes):
     "Everything that happens in the fork; never comes back."
     messages, output, go_on = pipes
@@ -189,7 +189,7 @@ def _child(cells, left, limits, kind, base, pipes):
     try: _play(cells, left, say, lambda: os.read(0, 1), limits)
     finally: os._exit(0)
 
-# %% ../nbs/tools/02b_sandbox.ipynb #8b8918c3
+# %% ../nbs/tools/02b_sandbox.ipynb #8b3e6052
 def _processes():
     "All processes below this one, by number: (parent, seconds of processor time, does it want to run)."
     tick, found = os.sysconf('SC_CLK_TCK'), {}
@@ -211,7 +211,7 @@ def _mib(p):
     try: return int(Path(f'/proc/{p}/statm').read_text().split()[1])*os.sysconf('SC_PAGESIZE')/2**20
     except OSError: return 0
 
-# %% ../nbs/tools/02b_sandbox.ipynb #1128c23a
+# %% ../nbs/tools/02b_sandbox.ipynb #a3d028fc
 class _Watch:
     "What the running cell has used, against the limits."
     def __init__(self, limits, base):
@@ -232,7 +232,7 @@ class _Watch:
         if len(below) > l['processes']: return 'processes'
         return 'memory' if sum(map(_mib, below)) > l['memory'] + self.base else ''
 
-# %% ../nbs/tools/02b_sandbox.ipynb #c4721a4b
+# %% ../nbs/tools/02b_sandbox.ipynb #61a62e74
 def _end(child):
     "End the child and all below it: by the kernel where they have a world of their own, else one by one."
     can_look, until = os.path.isdir('/proc/self'), time.monotonic() + 10
@@ -245,7 +245,7 @@ def _end(child):
         except ChildProcessError: return
         time.sleep(.005)
 
-# %% ../nbs/tools/02b_sandbox.ipynb #1101c0f0
+# %% ../nbs/tools/02b_sandbox.ipynb #bfea9b13
 class _Hearing:
     "What the child said: only of the cell at work, and nothing that is not understood."
     def __init__(self, output, goes_on, watch, limits):
@@ -269,7 +269,7 @@ class _Hearing:
             except Exception: pass
         if len(self.buffer) > 2*self.limits['values']: self.buffer = b''
 
-# %% ../nbs/tools/02b_sandbox.ipynb #b8a884bd
+# %% ../nbs/tools/02b_sandbox.ipynb #5b2a0af3
 @patch
 def message(self:_Hearing, m):
     "One line of the child."
@@ -290,7 +290,7 @@ def close(self:_Hearing, status, m={}):
     try: os.write(self.goes_on, b'.')
     except OSError: pass
 
-# %% ../nbs/tools/02b_sandbox.ipynb #53b8ffc5
+# %% ../nbs/tools/02b_sandbox.ipynb #49e4e85f
 def _attempt(cells, left, limits, kind, base):
     "Play cells in a child; returns what was heard. A cell at work when the child ended has that as its status."
     (heard, says), (printed, prints), (go_on, goes_on) = os.pipe(), os.pipe(), os.pipe()
@@ -314,7 +314,7 @@ def _attempt(cells, left, limits, kind, base):
     for fd in heard, printed, goes_on: os.close(fd)
     return h
 
-# %% ../nbs/tools/02b_sandbox.ipynb #c1efdb49
+# %% ../nbs/tools/02b_sandbox.ipynb #534a0c75
 def _run(cells, limits, kind, base):
     "The result of each cell; a cell that ends the child is left out, and the others are played again."
     results, left, end = {}, [*range(len(cells))], time.monotonic() + limits['total']
@@ -331,7 +331,7 @@ def _run(cells, limits, kind, base):
     nothing = dict(status='total', error=[], values=None, output='')
     return dict(cells=[results.get(i, nothing) for i in range(len(cells))])
 
-# %% ../nbs/tools/02b_sandbox.ipynb #145ed933
+# %% ../nbs/tools/02b_sandbox.ipynb #2002dbc6
 def _serve(kind):
     "The warm process: reads a request a line, answers in a line, ends when nobody asks any more."
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), 'w')
@@ -357,7 +357,7 @@ def _size():
     try: return int(Path('/proc/self/statm').read_text().split()[0])*os.sysconf('SC_PAGESIZE')
     except OSError: return 0
 
-# %% ../nbs/tools/02b_sandbox.ipynb #c65af414
+# %% ../nbs/tools/02b_sandbox.ipynb #30a97577
 KINDS = 'bwrap', 'unshare', 'none'   # from the strongest
 
 _SYSTEM = '/usr /bin /sbin /lib /lib32 /lib64 /etc/ld.so.cache /etc/alternatives /etc/fonts /etc/localtime'.split()
@@ -381,7 +381,7 @@ _SETTINGS = dict(PATH='/usr/bin:/bin', HOME='/tmp', PYTHONPATH='/grader', PYTHON
 
 def _library(): return str(Path(pcam_tp.__file__).resolve().parent)
 
-# %% ../nbs/tools/02b_sandbox.ipynb #ce426de1
+# %% ../nbs/tools/02b_sandbox.ipynb #57b782b4
 def _bubblewrap(hidden):
     "The command line of bubblewrap before that of the server."
     args = ['bwrap', '--unshare-all', '--unshare-user', '--die-with-parent', '--new-session', '--clearenv']
@@ -391,7 +391,7 @@ def _bubblewrap(hidden):
     for h in hidden: args += ['--tmpfs', h]
     return args + '--proc /proc --dev /dev --remount-ro /dev --tmpfs /tmp --remount-ro / --chdir /tmp'.split()
 
-# %% ../nbs/tools/02b_sandbox.ipynb #94dd9c55
+# %% ../nbs/tools/02b_sandbox.ipynb #d29cc51e
 _BUILD = r'''set -e
 new=$(mktemp -d); mount --make-rprivate /; mount -t tmpfs none "$new"; cd "$new"
 bind() { if [ -d "$1" ]; then mkdir -p ".$2"; else mkdir -p ".$(dirname "$2")"; : > ".$2"; fi
@@ -413,7 +413,7 @@ def _unshared(hidden):
     settings = [f'{k}={v}' for k, v in _SETTINGS.items()]
     return ['unshare', *spaces, 'sh', '-c', _BUILD, 'sh', *pairs, '--', *hidden, '--', 'env', '-i', *settings]
 
-# %% ../nbs/tools/02b_sandbox.ipynb #8a8af4ee
+# %% ../nbs/tools/02b_sandbox.ipynb #0e2dc421
 class Sandbox:
     "A warm server behind a wall. It dies with its maker; use it as a context manager."
     def __init__(self,
@@ -439,7 +439,7 @@ class Sandbox:
             return '' if probe['output'] == '2\n' else f'a first cell gave {probe}'
         except (OSError, RuntimeError, ValueError) as e: return f'{type(e).__name__}: {e}'
 
-# %% ../nbs/tools/02b_sandbox.ipynb #81227cdd
+# %% ../nbs/tools/02b_sandbox.ipynb #a05a89d5
 @patch
 def _open(self:Sandbox):
     "Start the process."
@@ -464,7 +464,7 @@ def _ask(self:Sandbox, **what):
     if not answer: raise RuntimeError(f'the server of the sandbox ({self.kind}) has ended')
     return json.loads(answer)
 
-# %% ../nbs/tools/02b_sandbox.ipynb #cd3a03d0
+# %% ../nbs/tools/02b_sandbox.ipynb #5baae496
 @patch
 def run(self:Sandbox,
     cells:list # of dicts: `name`, `code`, and `values=True` where the variable `values` is wanted
@@ -476,7 +476,7 @@ def run(self:Sandbox,
     if 'refused' in answer: raise RuntimeError(f'the child cannot be sealed: {answer["refused"]}')
     return answer['cells']
 
-# %% ../nbs/tools/02b_sandbox.ipynb #25ef2b37
+# %% ../nbs/tools/02b_sandbox.ipynb #e5f7d20d
 @patch
 def close(self:Sandbox):
     "End the server and what it holds."
