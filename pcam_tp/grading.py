@@ -41,7 +41,7 @@ def class_secret(
         with atomic(path) as tmp:
             tmp.touch(mode=0o600)
             tmp.write_text(secrets.token_hex(32) + '\n')
-        print(f'{path}: a new secret. Keep it; the same secret gives the same points.')
+        print(f'{path.name}: a new secret. Keep it; the same secret gives the same points.')
     text = path.read_text(encoding='utf-8').strip()
     if len(text) >= 16: return text
     raise ValueError(f'{path}: a secret of {len(text)} characters, expected 16 or more; delete the file for a new one')
@@ -651,7 +651,7 @@ def plot_questions(
     axes[0].set(yticks=y, yticklabels=q.lab + ' · ' + q.exercise, xlim=(0, 100), xlabel='mean share of the points (%)')
     axes[1].axvline(0, color='.6', lw=1)
     axes[1].plot(q.discrimination, y, 'o', color='#D55E00')
-    axes[1].set(xlim=(-1, 1), xlabel='discrimination (correlation with the rest)')
+    axes[1].set(xlim=(-1, 1), xlabel='discrimination (−1 to 1)')
     axes[0].invert_yaxis()
     for a in axes: a.grid(axis='x', alpha=.3)
     fig.suptitle('Which question everybody misses (left), which separates (right)')
@@ -787,9 +787,9 @@ def _list(problems, most=8):
 def _say(table, results, problems, out):
     "The end of a run, in a few lines."
     broken = {f'{s}, {l}': r['broken'] for (s, l), r in results.items() if 'broken' in r}
-    print(f'{len(results) - len(broken)} copies of {table.student.nunique()} students graded: {out/"scores.csv"}')
+    print(f'{len(results) - len(broken)} copies of {table.student.nunique()} students graded: {out.name}/scores.csv')
     if broken: print(f'{len(broken)} copies could not be: 0 points, to be looked at:\n{_list(broken)}', end='')
     if problems: print(f'{len(problems)} files were not taken:\n{_list(problems)}', end='')
     n = int(table.points.isna().sum())
-    if n: print(f'{n} answers wait for a mark by hand: fill `points` in {out/"hand.csv"} and grade again')
+    if n: print(f'{n} answers wait for a mark by hand: fill `points` in {out.name}/hand.csv and grade again')
     if table.remark.str.contains(UNSAFE, regex=False).any(): print(f'WARNING: copies were {UNSAFE}')
