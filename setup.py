@@ -9,7 +9,9 @@ parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 course = cfg['course_requirements'].split()   # what the notebooks import beside the library
+parquet = cfg['parquet_requirements'].split()   # what reads rows of Hugging Face
 classroom = cfg['class_requirements'].split()   # what an instructor needs to release and grade
+hub = cfg['hub_requirements'].split()   # other people's networks
 
 setup(
     name=cfg['lib_name'],
@@ -27,5 +29,6 @@ setup(
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     entry_points=dict(console_scripts=[cfg['console_scripts']]),
-    extras_require={'course': course, 'class': classroom, 'dev': course + classroom + cfg['dev_requirements'].split()},
+    extras_require={'course': course, 'class': classroom, 'parquet': parquet, 'hub': hub,
+                    'dev': course + classroom + parquet + hub + cfg['dev_requirements'].split()},
 )

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'PCAM_MEAN', 'PCAM_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'class_score', 'as_target', 'as_logits',
-           'check_images', 'Classifier', 'evaluating', 'check_model', 'predict', 'get_layer', 'chosen_layers',
+           'check_images', 'Resize', 'Classifier', 'evaluating', 'check_model', 'predict', 'get_layer', 'chosen_layers',
            'layer_output', 'copied', 'trainable_parameters']
 
 # %% ../nbs/foundation/11_classifier.ipynb #526d50b2
 import contextlib, copy, threading, warnings, weakref
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,68 @@ def _colour(name, v, low, high):
                          'of values up to 255, divide by 255')
     return t.view(1, 3, 1, 1).clone()
 
+# %% ../nbs/foundation/11_classifier.ipynb #f535709c
+class Resize(NamedTuple):
+    "Resize, then cut out the centre, as most checkpoints do; give it to `Classifier` as its `size`."
+    to:int|tuple=None # the short side, the ratio stays; or (height, width); no resizing if None
+    crop:int|tuple=None # of the resized image: a side, or (height, width); all if None
+    mode:str='bilinear' # or 'bicubic'; both antialiased, as Pillow does
+    down:bool=False # half a pixel of the crop's corner is dropped, as transformers does; torchvision rounds
+
+    def resized(self, h, w):
+        "Height and width of an h×w image after the resizing: torchvision's and transformers' rule."
+        if not isinstance(self.to, int): return tuple(self.to or (h, w))
+        long = int(self.to*max(h, w)/min(h, w))
+        return (self.to, long) if h <= w else (long, self.to)
+    def cut(self, h, w):
+        "Top, left, height and width of the crop in the resized image. `ValueError` where it does not fit."
+        tall, wide = self.resized(h, w)
+        ch, cw = (self.crop,)*2 if isinstance(self.crop, int) else self.crop or (tall, wide)
+        if ch > tall or cw > wide:
+            raise ValueError(f'images of {h}×{w} become {tall}×{wide}: too small for the centre crop of {ch}×{cw}')
+        whole = int if self.down else round
+        return whole((tall - ch)/2), whole((wide - cw)/2), ch, cw
+
+# %% ../nbs/foundation/11_classifier.ipynb #ad9711ed
+@patch
+def __call__(self:Resize, x):
+    """Images (N, 3, H, W) in [0, 1] to what is left of them. Columns first, then rows; what a bicubic filter overshoots
+    is clamped after each, as in bytes."""
+    top, left, h, w = self.cut(*x.shape[2:])
+    tall, wide = self.resized(*x.shape[2:])
+    for size in ((x.shape[2], wide), (tall, wide)):
+        if size == x.shape[2:]: continue
+        x = F.interpolate(x, size, mode=self.mode, antialias=True, align_corners=False)
+        if self.mode == 'bicubic': x = x.clamp(0, 1)
+    return x[..., top:top + h, left:left + w]
+
+@patch
+def window(self:Resize, h, w):
+    "Rows and columns of an h×w image with an influence on the crop, the filter's reach included."
+    top, left, ch, cw = self.cut(h, w)
+    def reach(first, n, side, new):
+        scale = side/new
+        half = max(scale, 1)*(2 if self.mode == 'bicubic' else 1)*(side != new)
+        low, high = (first + .5)*scale - half, (first + n - .5)*scale + half
+        return slice(max(0, int(low + .5*(side != new))), min(side, int(high + .5)))
+    tall, wide = self.resized(h, w)
+    return reach(top, ch, h, tall), reach(left, cw, w, wide)
+
+# %% ../nbs/foundation/11_classifier.ipynb #3939af33
+@patch
+def back(self:Resize, maps, h, w):
+    "Maps (N, h', w') of the crop on the pixels of an h×w image: bilinear where the network looked, 0 elsewhere."
+    top, left, ch, cw = self.cut(h, w)
+    tall, wide = self.resized(h, w)
+    place = lambda n, new, first, crop: ((torch.arange(n, device=maps.device) + .5)*new/n - first)/crop*2 - 1
+    y, x = place(h, tall, top, ch), place(w, wide, left, cw)
+    at = torch.stack(torch.meshgrid(x, y, indexing='xy'), -1).expand(len(maps), -1, -1, -1)
+    out = F.grid_sample(maps[:, None].float(), at, 'bilinear', 'border', align_corners=False)[:, 0]
+    rows, cols = self.window(h, w)
+    seen = torch.zeros(h, w, dtype=torch.bool, device=maps.device)
+    seen[rows, cols] = True
+    return out*seen
+
 # %% ../nbs/foundation/11_classifier.ipynb #a5130137
 class Classifier(nn.Module):
     """RGB in [0, 1] in, logits (N, K), K > 1, out; one logit z becomes (−z/2, z/2). Inside: centre crop, resize,
@@ -113,7 +176,7 @@ class Classifier(nn.Module):
         net:nn.Module, # normalised images to logits (N, K), or to one logit for the second of two classes
         layers=(), # names worth explaining, early to late; a dict: name → function from its output to (N, C, h, w)
         crop:int=None, # side of the centre crop, in pixels of the input; all if None
-        size:int=None, # side of what the network sees; no resizing if None
+        size:int|Resize=None, # side of what the network sees, or `Resize`; no resizing if None
         mean=PCAM_MEAN, std=PCAM_STD, # of the normalisation, in [0, 1]
         classes:tuple=None, # names, in the order of the logits; 'class 0' and so on if None
         output=None # where the logits are in what the network returns: see `as_logits`
@@ -121,6 +184,7 @@ class Classifier(nn.Module):
         super().__init__()
         if not isinstance(net, nn.Module): raise ValueError(f'net is {type(net).__name__}: expected an nn.Module')
         self.net, self.crop, self.size, self.output, self.classes = net, crop, size, output, tuple(classes or ())
+        if crop and isinstance(size, Resize): raise ValueError(f'crop is {crop}: say it in size, {size}')
         self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
         self.reshape = dict(layers) if isinstance(layers, dict) else {}
         self.head, self.card = None, {}   # the part that `freeze` leaves free; how it was built and trained
@@ -137,9 +201,15 @@ def device(self:Classifier):
     "Where the network is."
     return self.mean.device
 
+@patch(as_prop=True)
+def crops(self:Classifier):
+    "Is there a part of an image that the network does not see?"
+    return self.crop is not None or (isinstance(self.size, Resize) and self.size.crop is not None)
+
 @patch
 def window(self:Classifier, h, w):
     "Rows and columns of an h×w image that the network sees: torchvision's centre crop."
+    if isinstance(self.size, Resize): return self.size.window(h, w)
     if self.crop is None: return slice(0, h), slice(0, w)
     if self.crop > min(h, w): raise ValueError(f'images are {h}×{w}: too small for the centre crop of {self.crop}')
     top, left = round((h - self.crop)/2), round((w - self.crop)/2)
@@ -148,6 +218,7 @@ def window(self:Classifier, h, w):
 @patch
 def sees(self:Classifier, h, w):
     "Height and width of what the network gets for an h×w image."
+    if isinstance(self.size, Resize): return self.size.cut(h, w)[2:]
     rows, cols = self.window(h, w)
     return (self.size, self.size) if self.size else (rows.stop - rows.start, cols.stop - cols.start)
 
@@ -157,12 +228,20 @@ def preprocess(self:Classifier, x):
     "Images (N, 3, H, W) in [0, 1] to what the network sees."
     if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
         raise ValueError(f'x is {x.dtype} {tuple(x.shape)}: expected float (N, 3, H, W), RGB in [0, 1]')
-    rows, cols = self.window(*x.shape[2:])
-    x = x[..., rows, cols].to(self.mean.dtype)
-    if self.size: x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True, align_corners=False)
+    x = x.to(self.mean.dtype)
+    if isinstance(self.size, Resize): x = self.size(x)
+    else: x = self._cut_and_resize(x)
     return ((x - self.mean)/self.std).contiguous(memory_format=self.layout)
 
 # %% ../nbs/foundation/11_classifier.ipynb #52fab2ba
+@patch
+def _cut_and_resize(self:Classifier, x):
+    "The crop of the input's own pixels, then one size for all."
+    rows, cols = self.window(*x.shape[2:])
+    x = x[..., rows, cols]
+    if not self.size: return x
+    return F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True, align_corners=False)
+
 @patch
 def forward(self:Classifier, x):
     z = as_logits(self._ask_network(self.preprocess(x)), len(x), self.output)
@@ -198,6 +277,7 @@ def inside(self:Classifier, h, w):
 @patch
 def to_pixels(self:Classifier, maps, shape):
     "Maps (N, h, w) on any grid of the network to the input's H×W: bilinear inside the crop, 0 outside."
+    if isinstance(self.size, Resize): return self.size.back(maps, *shape)
     rows, cols = self.window(*shape)
     size = rows.stop - rows.start, cols.stop - cols.start
     inside = F.interpolate(maps[:, None].float(), size, mode='bilinear', align_corners=False)[:, 0]

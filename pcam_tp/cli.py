@@ -6,7 +6,7 @@
 __all__ = ['app', 'course', 'data', 'command', 'main', 'write_subset_folder', 'write_assets']
 
 # %% ../nbs/tools/09_cli.ipynb #5d9f909e
-import contextlib, inspect, json, sys, tempfile
+import contextlib, inspect, json, sys, tempfile, time, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -32,13 +32,14 @@ class _Command(TyperCommand):
         many = {o for p in self.params if getattr(p, 'multiple', False) for o in p.opts}
         return super().parse_args(ctx, _spread(args, many))
 
-def _spread(args, many):
-    "`--models a b` as `--models a --models b`, for the options `many`."
+def _spread(args, many, bare={'--pretrained': 'imagenet'}):
+    "`--models a b` as `--models a --models b`, for the options `many`; options in `bare` may stand without a value."
     out, option = [], None
-    for a in args:
+    for a, after in zip(args, [*args[1:], '-']):
         if a.startswith('-'): option = a if a in many else None
         elif option and out[-1] != option: out.append(option)
         out.append(a)
+        if a in bare and after.startswith('-'): out.append(bare[a])
     return out
 
 # %% ../nbs/tools/09_cli.ipynb #bfd6214f
@@ -86,18 +87,19 @@ def _text(v):
 # %% ../nbs/tools/09_cli.ipynb #057700b3
 def command(
     group:typer.Typer, # of `app`, `data`, `course`
-    examples:str='' # lines for the help, without `pcam-tp`
+    examples:str='', # lines for the help, without `pcam-tp`
+    also:dict={} # further options, name → (annotation, default), for a function that takes `**options`
 ): # a decorator; the function stays what it was
     "Make a function a command: `_name` is its name, its docstring the help, what it returns is printed."
     def register(f):
         name, p = f.__name__.strip('_').replace('_', '-'), inspect.signature(f).parameters
-        own = [v.replace(kind=v.KEYWORD_ONLY) for v in p.values()]
-        common = {k: c for k, c in _COMMON.items() if k not in p}
-        more = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=a)
-                for k, (a, d) in common.items()]
-        def run(**given): _run(f, name, {k: given.pop(k) for k in common}, given)
-        run.__signature__ = inspect.Signature(own + more)
-        run.__annotations__ = {v.name: v.annotation for v in own + more}
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        all_of = [v.replace(kind=keyword) for v in p.values() if v.kind != v.VAR_KEYWORD]
+        all_of += [inspect.Parameter(k, keyword, default=d, annotation=a)
+                   for k, (a, d) in (also | _COMMON).items() if k not in p]
+        def run(**given): _run(f, name, {k: given[k] if k in p else given.pop(k) for k in _COMMON}, given)
+        run.__signature__ = inspect.Signature(all_of)
+        run.__annotations__ = {v.name: v.annotation for v in all_of}
         lines = ''.join(f'\n  pcam-tp {e.strip()}' for e in examples.strip().splitlines())
         group.command(name, cls=_Command, help=f.__doc__, epilog=lines and f'\b\nExamples:{lines}')(run)
         return f
@@ -106,13 +108,13 @@ def command(
 # %% ../nbs/tools/09_cli.ipynb #2c88e883
 def _run(f, name, common, given):
     "Call the function of a command and print its result; of several processes, the first one prints."
-    with _told(name, common.get('debug')):
+    with _told(name, common['debug']):
         with contextlib.redirect_stdout(sys.stderr):
             from pcam_tp.core import processes, using
-            with using(common.get('source'), common.get('budget')): found = f(**given)
+            with using(common['source'], common['budget']): found = f(**given)
             if processes()[0]: return
         if found is None: return
-        print(json.dumps(_plain(found), indent=1) if common.get('json') else _text(found), flush=True)
+        print(json.dumps(_plain(found), indent=1) if common['json'] else _text(found), flush=True)
 
 # %% ../nbs/tools/09_cli.ipynb #214162f9
 def _version(on):
@@ -160,7 +162,7 @@ def _synthetic(out:_Out, n:_Each=(6_000, 1_500, 1_500), seed:_Seed=0):
     return make_once(out, lambda tmp: write_synthetic(tmp, dict(zip(SPLITS, n)), seed), 'synthetic patches')
 
 # %% ../nbs/tools/09_cli.ipynb #55386ca9
-@command(data, examples='splits --source pcam-small')
+@command(data, examples='data splits --source pcam-small')
 def _splits():
     "Patches, classes, slides and defects of the source's splits."
     from pcam_tp.data import open_splits, overview
@@ -218,16 +220,322 @@ def _trained_for_assets(raw, models):
     return {f"{name}-{run}-{folder.name.rsplit('-', 1)[1]}": folder for name, folder in folders}
 
 # %% ../nbs/tools/09_cli.ipynb #6d15de7d
-_Models = Annotated[list[str], Option(metavar='NAME …', help='Networks by name: see `pcam-tp models`.')]
+_Networks = Annotated[list[str], Option(metavar='NAME …', help='Architectures: see `pcam-tp models`.')]
 
 @command(app, examples='assets out --n 8000 2000 2000 --models small_cnn resnet18')
-def _assets(out:_Out, n:_Each=(8_000, 2_000, 2_000), models:_Models=['small_cnn', 'resnet18'], seed:_Seed=0):
+def _assets(out:_Out, n:_Each=(8_000, 2_000, 2_000), models:_Networks=['small_cnn', 'resnet18'], seed:_Seed=0):
     "Cut a subset, train the networks of the course on it, pack both into one file."
     from pcam_tp.core import setup
     setup()
     return write_assets(out, n, models, seed)
 
-# %% ../nbs/tools/09_cli.ipynb #0cef7bb7
+# %% ../nbs/tools/09_cli.ipynb #234e1b7b
+@command(app)
+def _models():
+    "Architectures, and the versions of each that were trained or fetched here."
+    import pandas as pd
+    from pcam_tp.models import MODELS
+    rows = [dict(model=name) | row for name in MODELS for row in map(_trained_row, _versions(name) or [None])]
+    return pd.DataFrame(rows, columns=['model', 'version', 'run', 'epochs', 'valid_auc', 'folder'])
+
+def _trained_row(folder):
+    "What the card of a trained network says."
+    if folder is None: return {}
+    card = json.loads((folder/'card.json').read_text())
+    told = {k: card.get('training', {}).get(k) for k in ('run', 'epochs', 'valid_auc')}
+    return dict(version=folder.name.rsplit('-', 1)[-1], folder=str(folder)) | told
+
+def _versions(name):
+    "Folders of trained networks of a name."
+    from pcam_tp.core import home
+    return sorted(f.parent for f in home('data', 'models').glob(f'{name}-*/card.json'))
+
+# %% ../nbs/tools/09_cli.ipynb #f640af91
+def _network(name, version=None, device='cpu'):
+    "A trained network; the course's own, trained now if it must be, without a version."
+    from pcam_tp.models import MODELS, load_model
+    from pcam_tp.recipe import trained
+    if (Path(name)/'card.json').exists(): folder = Path(name)
+    elif (Path(name)/'config.json').exists(): return _checkpoint(Path(name), device)
+    elif name not in MODELS:
+        raise ValueError(f"model {name!r}: neither a folder with card.json nor one of {', '.join(MODELS)}")
+    elif version is None: return trained(name, device=device)
+    else:
+        found = [f for f in _versions(name) if version in (f.name, f.name.rsplit('-', 1)[-1])]
+        if not found:
+            there = ', '.join(f.name.rsplit('-', 1)[-1] for f in _versions(name)) or 'none'
+            raise ValueError(f'version {version!r} of {name}: there are {there}')
+        folder = found[0]
+    model = load_model(folder, device)
+    model.card['folder'] = str(folder)
+    return model
+
+def _checkpoint(folder, device):
+    "A Hugging Face checkpoint with its own preprocessing."
+    from pcam_tp.checkpoints import load_checkpoint
+    model = load_checkpoint(folder, device=device)
+    model.card |= dict(name=folder.name, folder=str(folder))
+    return model
+
+# %% ../nbs/tools/09_cli.ipynb #0dfc3292
+_Some = lambda **o: Annotated[list[str], Option(metavar='NAME …', **o)]
+_Model = Annotated[str, Option(help='A network by name, or the folder of a saved one: see `pcam-tp models`.')]
+_Models = _Some(help='Networks by name, or folders of saved ones: see `pcam-tp models`.')
+_help = lambda of, text: Annotated[Optional[of], Option(help=text)]
+_MACHINE = dict(batch_size=(_help(int, 'Images in a pass; the device\'s own if not given.'), None),
+                num_workers=(_help(int, 'Threads that read ahead.'), None),
+                seed=(_Seed, 0), device=(_help(str, 'cuda, mps or cpu; the best there is if not given.'), None))
+
+# %% ../nbs/tools/09_cli.ipynb #cb76b7dd
+_Architecture = Annotated[str, Option(help='An architecture: see `pcam-tp models`.')]
+_Pretrained = Annotated[Optional[str], Option(metavar='[FILE]', help='Begin with ImageNet weights, or a file.')]
+_Freeze = Annotated[bool, Option('--freeze', help='Only the head learns.')]
+
+@command(app, also=_MACHINE, examples="""train --model small_cnn
+                                         train --model resnet18 --pretrained --freeze --batch-size 64 --num-workers 4
+                                         train --model resnet18 --pretrained weights.pth --source my/folder""")
+def _train(
+    model:_Architecture='small_cnn', pretrained:_Pretrained=None, freeze:_Freeze=False,
+    epochs:_help(int, 'As the budget says if not given.')=None, lr:_help(float, 'Highest learning rate.')=None,
+    precision:_help(str, 'bf16, fp16 or no; the fastest, probed, if not given.')=None, **o
+):
+    "Train a network by the course's recipe. A run that was cut goes on after its last epoch."
+    from pcam_tp.recipe import trained
+    device = _ready(o)
+    options = dict(freeze=True) if freeze else {}
+    if pretrained: options['pretrained'] = _first_weights(model, pretrained)
+    asked = dict({k: o[k] for k in ('batch_size', 'num_workers')}, lr=lr, precision=precision,
+                 device=o['device'] and str(device))
+    recipe = {k: v for k, v in asked.items() if v is not None}
+    net = trained(model, seed=o['seed'], epochs=epochs, recipe=recipe, **options)
+    return _named(net) | net.card['training']
+
+# %% ../nbs/tools/09_cli.ipynb #8732d45c
+def _ready(o):
+    "Set up the machine; the device."
+    from pcam_tp.core import setup
+    return setup(seed=o['seed'], device=o['device']).device
+
+def _named(net):
+    "Which network it is."
+    folder = Path(net.card['folder'])
+    return dict(model=net.card['name'], version=folder.name.rsplit('-', 1)[-1], folder=folder)
+
+def _first_weights(name, given):
+    "True for torchvision's weights, or a file; `ValueError` where they cannot be had."
+    from pcam_tp.models import imagenet_weights, read_weights
+    if given != 'imagenet': return str(Path(given).expanduser().resolve()) if read_weights(given) else None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        if imagenet_weights(name) is not None: return True
+    raise ValueError(f'{said[-1].message}; bring them as a file: --pretrained weights.pth, or train without')
+
+# %% ../nbs/tools/09_cli.ipynb #d85ab425
+_SPLIT = dict(split=(Annotated[str, Option(help='train, valid or test.')], 'test'),
+              num_images=(_help(int, 'Patches, drawn at random; all of the budget if not given.'), None))
+_CHOSEN = dict(version=(_help(str, 'Which training: see `pcam-tp models`; the notebooks\' own if not given.'), None))
+
+def _part(o):
+    "The patches that were asked for; those of the notebooks, unless more are."
+    from pcam_tp.core import sizes
+    from pcam_tp.data import open_splits, subset
+    from pcam_tp.release import SPLITS
+    if o['split'] not in SPLITS: raise ValueError(f"split {o['split']!r}: expected one of {', '.join(SPLITS)}")
+    wanted, budgets = o['num_images'] or 0, vars(sizes())
+    part = open_splits(n=[max(wanted, budgets[f'n_{s}']) for s in SPLITS])[SPLITS.index(o['split'])]
+    if wanted > len(part): print(f'{part.name} has {len(part):,} patches: all are taken')
+    return part if o['num_images'] is None else subset(part, wanted, o['seed'])
+
+# %% ../nbs/tools/09_cli.ipynb #38234595
+@command(app, also=_CHOSEN | _SPLIT | _MACHINE, examples="""test --model small_cnn
+                                                           test --model resnet18 --version 0f3a9c1b22 --json""")
+def _test(model:_Model='small_cnn', out:_help(Path, 'A CSV file that gets a row for each patch.')=None, **o):
+    "Accuracy, AUC, NLL and calibration error of a network, with intervals."
+    from pcam_tp.core import save_table
+    from pcam_tp.training import evaluate, results
+    net, part = _network(model, o['version'], _ready(o)), _part(o)
+    predictions = evaluate(net, part, o['batch_size'], o['num_workers'])
+    if out: save_table(predictions, out.stem, _made(out.parent))
+    return _named(net) | dict(split=o['split'], patches=len(part), results=results(predictions))
+
+def _made(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+# %% ../nbs/tools/09_cli.ipynb #522919ef
+_ASKED = _CHOSEN | _SPLIT | _MACHINE | dict(
+    score=(Annotated[str, Option(help='log_odds, logit or probability.')], 'log_odds'),
+    baseline=(Annotated[str, Option(help='What hides pixels: white, black, mean, blur or noise.')], 'white'),
+    precision=(Annotated[str, Option(help='fp32, bf16 or fp16.')], 'fp32'),
+    chunk=(Annotated[int, Option(help='Patches in a file.')], 256))
+_Methods = _Some(help='Methods by name: see notebook 08_all_methods.')
+_Folder = Annotated[Optional[Path], Option(help='Where to; a folder named by all that matters if not given.')]
+
+def _question(o):
+    "The options that `write_maps` and `split_leaderboard` share."
+    return {k: o[k] for k in 'score baseline precision chunk seed batch_size num_workers'.split()}
+
+# %% ../nbs/tools/09_cli.ipynb #fb300788
+@command(app, also=_ASKED, examples="""explain --models small_cnn resnet18 --explanation gradcam saliency
+                                       explain --split test --num-images 64 --out maps""")
+def _explain(models:_Models=['small_cnn'], explanation:_Methods=['gradcam', 'saliency'], out:_Folder=None, **o):
+    "Write the maps of many patches, in chunk files under one index. What is there is not computed again."
+    device, part = _ready(o), _part(o)
+    return [_explained(name, explanation, device, part, out and (out/Path(name).name if models[1:] else out), o)
+            for name in models]
+
+def _explained(name, explanation, device, part, folder, o):
+    "A row about the maps of one network."
+    from pcam_tp.many_maps import write_maps
+    net, start = _network(name, o['version'], device), time.perf_counter()
+    path = write_maps(net, part, explanation, folder, **_question(o))
+    return _named(net) | dict(patches=len(part), seconds=round(time.perf_counter() - start, 2), maps=path)
+
+# %% ../nbs/tools/09_cli.ipynb #71de2d9e
+_Metrics = _Some(help='Metrics by name: see notebook 13_leaderboard.')
+_Controls = _Some(help='Of other, untrained, shifted.')
+
+@command(app, also=_ASKED, examples="""measure --explanation gradcam saliency --metrics deletion road --num-images 64
+                                       measure --model resnet18 --metrics insertion --out board""")
+def _measure(
+    model:_Model='small_cnn', explanation:_Methods=['gradcam', 'saliency', 'input_x_gradient'],
+    metrics:_Metrics=['insertion', 'deletion', 'relevance_mass'], controls:_Controls=['other', 'untrained', 'shifted'],
+    out:_help(Path, 'A folder that gets the table, its summary and the figure.')=None, json:_Json=False, **o
+):
+    "Every method by every metric, beside its controls, over many patches."
+    from pcam_tp.leaderboard import board_summary, save_leaderboard
+    from pcam_tp.many_maps import split_leaderboard
+    net, part = _network(model, o['version'], _ready(o)), _part(o)
+    folder = out and out/'chunks'
+    table = split_leaderboard(net, part, explanation, metrics, folder, controls=controls, **_question(o))
+    if out and _first(): save_leaderboard(table, folder=out)
+    return table if json else board_summary(table).reset_index(drop=True)
+
+# %% ../nbs/tools/09_cli.ipynb #f50bbee0
+def _first():
+    "Is this process the one that tells?"
+    from pcam_tp.core import processes
+    return processes()[0] == 0
+
+# %% ../nbs/tools/09_cli.ipynb #d0b5ca7a
+_Similarity = _Some(help='Of weighted_iou, top_iou, rank_correlation.')
+
+@command(app, also=_ASKED, examples="""agree --models small_cnn resnet18 --explanation gradcam saliency --num-images 128
+                                       agree --models small_cnn resnet18 --similarity-measure top_iou --q 0.1""")
+def _agree(
+    models:_Models=['small_cnn', 'resnet18'], explanation:_Methods=['gradcam'],
+    similarity_measure:_Similarity=['weighted_iou', 'top_iou'],
+    q:Annotated[float, Option(help='Share of pixels in top_iou.')]=.25,
+    **o
+):
+    "Do networks look at the same places? Beside the overlap of maps of other patches, and of moved ones."
+    from pcam_tp.agreement import model_agreement
+    from pcam_tp.many_maps import read_maps, write_maps
+    device, part, read = _ready(o), _part(o), {}
+    for name in models:
+        path = write_maps(_network(name, o['version'], device), part, explanation, **_question(o))
+        read[Path(name).name] = read_maps(path)
+    given = dict(by=part.slides, q=q, pred={k: about['target'] for k, (_, about) in read.items()}, y=part.y,
+                 measures=similarity_measure, seed=o['seed'])
+    return _joined({m: model_agreement({k: v[0][m] for k, v in read.items()}, **given) for m in explanation})
+
+# %% ../nbs/tools/09_cli.ipynb #dc9e89eb
+def _joined(tables, what='explanation'):
+    "Tables below each other, each with its name in the first column."
+    import pandas as pd
+    return pd.concat([t.assign(**{what: k})[[what, *t]] for k, t in tables.items()], ignore_index=True)
+
+# %% ../nbs/tools/09_cli.ipynb #bcbf5103
+@command(app, also=dict(seed=(_Seed, 0), device=_MACHINE['device']),
+         examples='plan --models small_cnn resnet50 --explanation gradcam saliency occlusion --num-images 32768')
+def _plan(
+    models:_Models=['small_cnn'], explanation:_Methods=['gradcam', 'saliency'],
+    num_images:Annotated[int, Option(help='Patches.')]=32_768, side:Annotated[int, Option(help='Of a patch.')]=96, **o
+):
+    "Passes, hours on this machine and gigabytes of maps, before anything is computed. Networks are timed untrained."
+    from pcam_tp.many_maps import plan_hours
+    from pcam_tp.models import build
+    device = _ready(o)
+    return plan_hours({k: build(k).to(device) for k in models}, num_images, explanation, shape=(side, side))
+
+# %% ../nbs/tools/09_cli.ipynb #75eada45
+@command(app, also=_ASKED, examples='report page --models small_cnn resnet18 --num-images 64')
+def _report(
+    out:_Out, models:_Models=['small_cnn'], explanation:_Methods=['gradcam', 'saliency'],
+    metrics:_Metrics=['deletion', 'relevance_mass'], **o
+):
+    "One page: how good networks are, where they look, what their maps are worth, whether they agree."
+    from pcam_tp.core import atomic, run_name, sizes
+    device, o['num_images'] = _ready(o), o['num_images'] or sizes().n_explain
+    part, alike = _part(o), []
+    nets = {Path(k).name: _network(k, o['version'], device) for k in models}
+    if models[1:]: alike = ['## Do they look at the same places?', _agree(models, explanation, **o)]
+    parts = ['# Report', f'{part}, of {run_name()}. Not for diagnosis.',
+             '## How good are the networks?', _how_good(nets, part, o),
+             '## Where do they look?', *_where(nets, part, explanation, out, o),
+             '## What are the maps worth?', *_worth(nets, part, explanation, metrics, out, o), *alike]
+    if _first():
+        with atomic(_made(out)/'report.md') as tmp: tmp.write_text('\n\n'.join(map(_markdown, parts)), 'utf-8')
+    return out/'report.md'
+
+# %% ../nbs/tools/09_cli.ipynb #847dd786
+def _markdown(part):
+    from pcam_tp.leaderboard import as_markdown
+    return part if isinstance(part, str) else as_markdown(part)
+
+def _how_good(nets, part, o):
+    from pcam_tp.training import evaluate, results
+    tables = {k: results(evaluate(net, part, o['batch_size'], o['num_workers'])) for k, net in nets.items()}
+    return _joined(tables, 'model')
+
+def _where(nets, part, explanation, out, o):
+    "A figure for each network: four patches, every method."
+    from pcam_tp.classifier import predict
+    from pcam_tp.core import save_figure
+    from pcam_tp.data import to_float
+    from pcam_tp.methods import explain
+    from pcam_tp.plots import compare_maps
+    for name, net in nets.items():
+        x, y = to_float(part.patches(slice(4)), net.device), part.y[:4]
+        maps = {k: v.cpu() for k, v in explain(net, x, methods=explanation, seed=o['seed'], score=o['score']).items()}
+        fig = compare_maps(x.cpu(), maps, y=y, prob=predict(net, x).softmax(1), names=part.classes, suptitle=name)
+        alt = f'Four patches, and what {", ".join(maps)} say of {name}.'
+        save_figure(fig, f'maps-{name}', alt, _made(out))
+        yield f'![{alt}](maps-{name}.png)'
+
+# %% ../nbs/tools/09_cli.ipynb #a0ec577c
+def _worth(nets, part, explanation, metrics, out, o):
+    "The summary of a leaderboard for each network."
+    from pcam_tp.leaderboard import board_summary, save_leaderboard
+    from pcam_tp.many_maps import split_leaderboard
+    for name, net in nets.items():
+        table = split_leaderboard(net, part, explanation, metrics, **_question(o))
+        if _first(): save_leaderboard(table, f'leaderboard-{name}', _made(out))
+        yield f'### {name}'
+        yield board_summary(table)
+        yield 'Mean [95 % interval] #rank; * better than each control that decides (Holm).'
+
+# %% ../nbs/tools/09_cli.ipynb #a5bff4c3
+_COLUMNS = 'Of a table or of Parquet rows, as image=file label=diagnosis group=patient.'
+
+@command(data, examples=r"""data import crc/ crc96 --group '(?P<group>\d+)_'
+                            data import images/ ham --table meta.csv --columns image=id label=dx group=lesion""")
+def _import(
+    source:Annotated[Path, Argument(help='Class folders, images that a table names, or Parquet rows.')], out:_Out,
+    table:_help(Path, 'CSV that names the images.')=None, columns:_Some(help=_COLUMNS)=[],
+    group:_help(str, 'Pattern with (?P<group>…): slide or patient in a path.')=None,
+    only:_help(str, 'Pattern that a path must match.')=None,
+    size:Annotated[int, Option(help='Pixels along a side.')]=96, fit:Annotated[str, Option(help='crop or pad.')]='crop',
+    split:Annotated[tuple[float, float, float], Option(help='Shares of train, valid, test.')]=(.6, .2, .2), seed:_Seed=0
+):
+    "Make a data set of yours one of the course: any size, grey or RGB, any classes."
+    from pcam_tp.folders import import_any
+    if wrong := [c for c in columns if '=' not in c]: raise ValueError(f'columns {" ".join(wrong)}: expected role=name')
+    columns = dict(c.split('=', 1) for c in columns) or None
+    made = import_any(source, out, table, columns, group=group, only=only, size=size, fit=fit, split=split, seed=seed)
+    return dict(folder=made.folder, report=made.words, images=made.counts.reset_index(), skipped=len(made.skipped))
+
+# %% ../nbs/tools/09_cli.ipynb #54cf350b
 _Nbs = Annotated[Optional[Path], Option(help='Folder of the notebooks; nbs/ of this checkout if not given.')]
 
 @command(course, examples="""course release ../class-2027/labs --owner ada --repo class-2027
@@ -237,7 +545,7 @@ def _release(
     owner:Annotated[Optional[str], Option(help="Of the students' repository; settings.ini says it if not given.")]=None,
     repo:Annotated[Optional[str], Option(help='Its name.')]=None,
     branch:Annotated[str, Option(help='Its branch.')]='main',
-    folder:Annotated[Optional[str], Option(help="Of the copies in it; OUT's own name if not given, '' for the top.")]=None,
+    folder:Annotated[Optional[str], Option(help="Of the copies in it; OUT's own name if not given.")]=None,
     assets:Annotated[Optional[str], Option(help="Address of your class's files, for the first cell.")]=None,
     electives:Annotated[bool, Option('--electives', help='The other notebooks of the course as well.')]=False,
     nbs:_Nbs=None
@@ -246,7 +554,7 @@ def _release(
     from pcam_tp.classroom import release
     return release(out, owner, repo, branch, folder, assets, electives, nbs)
 
-# %% ../nbs/tools/09_cli.ipynb #4b5c7cd0
+# %% ../nbs/tools/09_cli.ipynb #227ede7a
 @command(course, examples="""course check
                              course check 03 07 --released ../class-2027/labs""")
 def _check(
@@ -263,6 +571,36 @@ def _check(
     if found: raise ValueError(f'{len(found)} of these; each names its lab and exercise')
     n = len(labs or LABS)
     return f'{n} lab{"s"*(n > 1)}: right answers pass, empty holes and known slips fail, spoiled copies are repaired'
+
+# %% ../nbs/tools/09_cli.ipynb #bc7ac3aa
+@command(course, examples="""course grade inbox --out graded --secret-file ~/class-2027.secret
+                             course grade inbox --out graded --secret-file ~/class-2027.secret --hand graded/hand.csv""")
+def _grade(
+    inbox:Annotated[Path, Argument(help='Folder of submissions: STUDENT/LAB.ipynb, STUDENT_LAB.ipynb, or zips.')],
+    out:Annotated[Path, Option(help='Folder to write; a run that was cut goes on from it.')],
+    secret_file:Annotated[Path, Option(help="The class's secret, made if it is not there; not inside the repository.")],
+    hand:Annotated[Optional[Path], Option(help='A filled hand.csv; the one in OUT if not given.')]=None,
+    jobs:Annotated[int, Option(min=1, help='Copies at a time; about 1 GB each.')]=2,
+    nbs:_Nbs=None
+):
+    "Run every copy behind a wall, and write points, feedback, and the answers that wait for a mark by hand."
+    from pcam_tp.grading import class_secret, grade, totals
+    return totals(grade(inbox, out, class_secret(secret_file), nbs, hand, jobs))
+
+# %% ../nbs/tools/09_cli.ipynb #f0dbb61d
+@command(course, examples="""course badges --owner ada --repo xai-course
+                             course badges --assets https://example.org/class --dry-run""")
+def _badges(
+    owner:Annotated[Optional[str], Option(help='Whose fork; as in settings.ini if not given.')]=None,
+    repo:Annotated[Optional[str], Option(help='Its name.')]=None,
+    branch:Annotated[Optional[str], Option(help='Its branch.')]=None,
+    assets:Annotated[Optional[str], Option(help="Address of your class's files, for the first cells.")]=None,
+    folder:Annotated[Path, Option(help='The checkout.')]=Path('.'),
+    dry_run:Annotated[bool, Option('--dry-run', help='Only say what would change.')]=False
+):
+    "Name your repository in badges, first cells and links; tells how many lines of each file it changes."
+    from pcam_tp.colab import badges
+    return badges(folder, owner, repo, branch, assets, dry_run)
 
 # %% ../nbs/tools/09_cli.ipynb #a7729272
 if __name__ == '__main__' and __spec__: main()   # not in a notebook

@@ -49,9 +49,9 @@ _COLAB = r'(colab\.research\.google\.com/github/){0}/{1}/blob/(?:[\w.-]+/)*?((?:
 _PIP = r'(git\+https://github\.com/){0}/{1}(?:@[\w./-]+)?(?=[\\"\s]|$)'
 _LINK, _PAGES = r'((?<!git\+https://)github\.com/){0}/{1}(?![\w-])', r'(//){0}(\.github\.io)'
 
-def _named(text):
+def _named(text, where=(_COLAB, _PIP)):
     "(owner, name) of the repositories that badges and install lines name."
-    return {m.group(2, 3) for p in (_COLAB, _PIP) for m in re.finditer(p.format(r'([\w-]+)', r'([\w.-]+?)'), text)}
+    return {m.group(2, 3) for p in where for m in re.finditer(p.format(r'([\w-]+)', r'([\w.-]+?)'), text)}
 
 # %% ../nbs/tools/01_colab.ipynb #386ae1cb
 def _swapped(text, old, to, folder='nbs', library=True):
@@ -141,7 +141,7 @@ def badges(
     to = _checked(Repository(owner or now.owner, repo or now.name, branch or now.branch))
     texts = {f: f.read_text(encoding='utf-8') for f in _texts(folder)}
     books = [t for f, t in texts.items() if f.suffix == '.ipynb' and f.parent.relative_to(folder).parts[:1] == ('nbs',)]
-    old = {now[:2]}.union(*map(_named, books)) if books else {now[:2]}
+    old = {now[:2]}.union(*(_named(t, [_PIP]) for t in books))
     changed = {}
     for f, text in texts.items():
         new = _renamed(f, text, old, to, assets)
@@ -162,14 +162,15 @@ _NO_GPU = ('⚠ This machine has no GPU. The labs run without one; a training ta
 def on_colab(
     assets:str='', # address of your class's files (`pcam-tp assets`); '' if there are none
     drive:bool=False # keep networks and figures on your Google Drive, in the folder pcam_tp; asks for permission
-) -> dict: # variables for `os.environ`: they tell the library where the files of the class are
+) -> dict: # variables for `os.environ`: where the files of the class are, and the budget of its networks
     "Begin on a new Colab machine: Drive, the files of the class, a word about the GPU."
     if drive: _keep_on_drive()
     found = assets_or_synthetic(assets) if (assets := assets or assets_address()) else None
     n = sum(f.is_dir() for f in home('data', 'models').glob('[!.]*'))
+    trained = {f.name.split('-assets-')[1].split('-')[0] for f in (found/'models').glob('*-assets-*')} if found else ()
     print(f'patches: {"the files of your class" if found else "synthetic"} · trained networks that are here: {n}')
     if not torch.cuda.is_available(): print(_NO_GPU)
-    return dict(PCAM_TP_ASSETS=assets) if assets else {}
+    return ({'PCAM_TP_ASSETS': assets} if assets else {}) | {'PCAM_TP_BUDGET': b for b in trained}
 
 # %% ../nbs/tools/01_colab.ipynb #13238024
 def _keep_on_drive():

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['data_folder', 'Split', 'open_split', 'subset', 'cut', 'open_splits', 'split_id', 'write_split', 'duplicates',
-           'thumbnails', 'near_duplicates', 'contrast', 'max_saturation', 'overview', 'to_float', 'Batches']
+           'thumbnails', 'near_duplicates', 'contrast', 'max_saturation', 'overview', 'to_float', 'Batches', 'ahead']
 
 # %% ../nbs/foundation/10_data.ipynb #40897174
 import hashlib, os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -45,7 +46,7 @@ def _raw_folder(folder):
     if (folder/'train_labels.csv').exists() or next(folder.glob('*.tif'), None):
         raise ValueError(f"{folder} holds Kaggle's edition of PCam, one .tif a patch and train_labels.csv: it has no "
                          'slides, no masks, other splits, and duplicates were removed from it, so it is not this '
-                         'release and is not read here. Raw files of the release: `pcam_tp.download.download(folder)`')
+                         'release. `folders.import_table` makes raw files of it, `download.download` fetches others')
     return folder
 
 # %% ../nbs/foundation/10_data.ipynb #4524d7f1
@@ -419,12 +420,14 @@ class Batches:
         seed:int=0, # of the order
         device='cpu', # where batches go
         drop_last:bool=False, # leave out the last, smaller batch
-        part:tuple=(0, 1) # (k, n): the k-th of n shares of every batch, for the k-th of n processes
+        part:tuple=(0, 1), # (k, n): the k-th of n shares of every batch, for the k-th of n processes
+        num_workers:int=None # threads that read ahead; if None, one for CUDA and none elsewhere
     ):
         if batch_size < part[1]:
             raise ValueError(f'batch_size is {batch_size}: expected at least {part[1]}, one patch for each process')
         self.split, self.batch_size, self.shuffle, self.seed = split, batch_size, shuffle, seed
         self.device, self.drop_last, self.part, self.epoch = torch.device(device), drop_last, part, 0
+        self.num_workers = int(self.device.type == 'cuda') if num_workers is None else num_workers
         self._kept = None   # bytes and classes on the device, see `_stay`
 
     def __len__(self):
@@ -432,14 +435,21 @@ class Batches:
         return n//self.batch_size if self.drop_last else -(-n//self.batch_size)
 
 # %% ../nbs/foundation/10_data.ipynb #b90aa5b0
-def _ahead(read, parts):
-    "`read(part)` for one part after the other, the next one in a thread while the last one is used."
-    with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for part in parts:
-            ready, coming = coming and coming.result(), pool.submit(read, part)
-            if ready is not None: yield ready
-        if coming: yield coming.result()
+def ahead(
+    read, # called with a part
+    parts, # an iterable
+    num_workers:int=1 # threads, each with a part; none if 0
+): # yields read(part), one after the other
+    "The next parts are read in threads while the last one is used."
+    if num_workers < 0: raise ValueError(f'num_workers is {num_workers}: expected 0 or more')
+    if not num_workers: yield from map(read, parts)
+    else:
+        with ThreadPoolExecutor(num_workers) as pool:
+            coming = deque()
+            for part in parts:
+                coming.append(pool.submit(read, part))
+                if len(coming) > num_workers: yield coming.popleft().result()
+            while coming: yield coming.popleft().result()
 
 def _send(a, device):
     "An array to a device; to CUDA from pinned memory, and nobody waits for it."
@@ -450,8 +460,8 @@ def _send(a, device):
 @patch
 def _read(self:Batches, parts):
     "Bytes of the patches of each part, on the device."
-    if self.device.type != 'cuda': return map(self.split.patches, parts)
-    pinned = _ahead(lambda part: torch.from_numpy(self.split.patches(part)).pin_memory(), parts)
+    if self.device.type != 'cuda': return ahead(self.split.patches, parts, self.num_workers)
+    pinned = ahead(lambda part: torch.from_numpy(self.split.patches(part)).pin_memory(), parts, self.num_workers)
     return (x.to(self.device, non_blocking=True) for x in pinned)
 
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['FITS', 'IMAGES', 'CARD', 'read_image', 'Item', 'split_groups', 'Import', 'read_import', 'import_folder',
            'import_table', 'import_parquet', 'import_any']
 
-# %% ../nbs/foundation/16_folders.ipynb #dab95bc4
+# %% ../nbs/foundation/16_folders.ipynb #19995426
 import csv, hashlib, io, itertools, json, os, re, shutil
 from array import array
 from collections import Counter, deque
@@ -30,16 +30,16 @@ from .core import atomic, fingerprint, make_once, progress
 from .data import to_float
 from .release import CLASSES, CLASSES_FILE, SIDE, SPLITS, raw_file
 
-# %% ../nbs/foundation/16_folders.ipynb #f49a39a2
+# %% ../nbs/foundation/16_folders.ipynb #ba43891c
 def _to_bytes(a):
     "Grey values of 16 bits, or floats in [0, 1], as bytes."
     low, high = float(a.min()), float(a.max())
     if a.dtype.kind == 'f' and 0 <= low and high <= 1: return (a*255).round().astype('uint8')
     if a.dtype.kind in 'iu' and 0 <= low and high < 2**16: return (a/257).round().astype('uint8')
     expected = 'floats in [0, 1]' if a.dtype.kind == 'f' else 'integers from 0 to 65,535'
-    raise ValueError(f'values from {low:.6g} to {high:.6g} ({a.dtype}): expected bytes, or {expected}; convert it first')
+    raise ValueError(f'values from {low:.6g} to {high:.6g} ({a.dtype}): expected bytes, or {expected}; convert it')
 
-# %% ../nbs/foundation/16_folders.ipynb #e6acb48b
+# %% ../nbs/foundation/16_folders.ipynb #9180093e
 def _rgb(im):
     "A PIL image as RGB bytes, and notes on what was done to it."
     notes, pages = [], getattr(im, 'n_frames', 1)
@@ -57,7 +57,7 @@ def _rgb(im):
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
     return im.convert('RGB'), notes
 
-# %% ../nbs/foundation/16_folders.ipynb #52a93e45
+# %% ../nbs/foundation/16_folders.ipynb #16dae547
 def _decoded(data):
     "RGB image and notes of a path, a file or bytes. Raises `ValueError` with the reason."
     try:
@@ -67,19 +67,20 @@ def _decoded(data):
         reason = str(e).split(' <_io')[0].replace(f" '{data}'", '') if not isinstance(data, bytes) else 'from bytes'
         raise ValueError(f'not a readable image ({type(e).__name__}: {reason})') from e
 
-# %% ../nbs/foundation/16_folders.ipynb #4ead4285
+# %% ../nbs/foundation/16_folders.ipynb #b381fc96
 FITS = 'crop', 'pad'
 def _edge_colour(im):
     a = np.asarray(im)
     return tuple(np.concatenate([a[0], a[-1], a[:, 0], a[:, -1]]).mean(0).round().astype(int).tolist())
 
+# %% ../nbs/foundation/16_folders.ipynb #384ef8b7
 def _square(im, size, fit):
     "An RGB image as `size`×`size` pixels."
     if im.size == (size, size): return im
     if fit == 'crop': return ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
     return ImageOps.pad(im, (size, size), Image.Resampling.BICUBIC, color=_edge_colour(im))
 
-# %% ../nbs/foundation/16_folders.ipynb #f33a436c
+# %% ../nbs/foundation/16_folders.ipynb #c84f607b
 def _as_pil(a):
     "An array of an image as a PIL image; channels may be first."
     a = np.asarray(a)
@@ -90,7 +91,7 @@ def _as_pil(a):
         raise ValueError(f'image is an array {a.shape}: expected (H, W), (H, W, 3), (H, W, 4) or (3, H, W), one image')
     return Image.fromarray(np.ascontiguousarray(a if a.dtype == np.uint8 else _to_bytes(a)))
 
-# %% ../nbs/foundation/16_folders.ipynb #509780a2
+# %% ../nbs/foundation/16_folders.ipynb #70f12bba
 def _any_image(image):
     if isinstance(image, Image.Image): return _rgb(image)[0]
     if torch.is_tensor(image): image = image.detach().cpu().numpy()
@@ -103,8 +104,9 @@ def _any_image(image):
     try: return _decoded(Path(image).expanduser())[0]
     except ValueError as e: raise ValueError(f'{image}: {e}') from e
 
+# %% ../nbs/foundation/16_folders.ipynb #37f5cba0
 def read_image(
-    image, # path, bytes, open file, PIL image, array or tensor (H, W, 3) or (3, H, W), bytes, 16 bits or floats in [0, 1]
+    image, # path, bytes, open file, PIL image; array or tensor (H, W, 3) or (3, H, W) of bytes, 16 bits, [0, 1]
     size:int=None, # pixels along a side; the image's own shape if None
     fit:str='crop', # or 'pad': how it becomes a square
     device='cpu'
@@ -112,14 +114,14 @@ def read_image(
     "One image as a network or an explainer takes it, in steps of 1/255. `ValueError` says what cannot be read."
     _check_size(size or 1, fit)
     im = _any_image(image)
-    return to_float(np.asarray(im if size is None else _square(im, size, fit))[None], device)
+    return to_float(np.array(im if size is None else _square(im, size, fit))[None], device)
 
-# %% ../nbs/foundation/16_folders.ipynb #29fb34f4
+# %% ../nbs/foundation/16_folders.ipynb #c6ec0e09
 def _check_size(size, fit):
     if fit not in FITS: raise ValueError(f'fit is {fit!r}: expected one of {", ".join(map(repr, FITS))}')
     if not 1 <= size <= 4096: raise ValueError(f'size is {size}: expected pixels along a side, 1 to 4,096')
 
-# %% ../nbs/foundation/16_folders.ipynb #14ce6797
+# %% ../nbs/foundation/16_folders.ipynb #7f78af56
 class Item(NamedTuple):
     "One image of a source, before it is read."
     name: str # unique, e.g. the path below the source
@@ -133,9 +135,10 @@ IMAGES = '.bmp .png .jpg .jpeg .tif .tiff .webp .gif .ppm .pgm'.split()
 _SPLIT_WORDS = dict(train='train', training='train', valid='valid', val='valid', validation='valid', dev='valid',
                     test='test', testing='test')
 
-# %% ../nbs/foundation/16_folders.ipynb #ac42c29b
+# %% ../nbs/foundation/16_folders.ipynb #f5e88e56
 def _hidden(name): return name.startswith('.') or name == '__MACOSX'
 
+# %% ../nbs/foundation/16_folders.ipynb #9e58d60e
 def _files(root, below=''):
     "Paths below `root`, relative and with slashes; hidden folders as one entry."
     entries = sorted(os.scandir(Path(root)/below), key=lambda e: e.name)
@@ -144,16 +147,17 @@ def _files(root, below=''):
         if e.is_dir() and not _hidden(e.name): yield from _files(root, f'{name}/')
         else: yield name
 
+# %% ../nbs/foundation/16_folders.ipynb #bab03062
 def _folders(root): return sorted(e.name for e in os.scandir(root) if e.is_dir() and not _hidden(e.name))
 
-# %% ../nbs/foundation/16_folders.ipynb #a719815b
+# %% ../nbs/foundation/16_folders.ipynb #33b96c93
 def _unusable(name, only):
     "Why a file is no image of a data set, or ''."
     if any(map(_hidden, name.split('/'))): return 'hidden'
     if (ending := Path(name).suffix.lower()) not in IMAGES: return f'not an image ({ending or "no ending"})'
     return 'not matched by `only`' if only and not re.search(only, name) else ''
 
-# %% ../nbs/foundation/16_folders.ipynb #f1bc24cd
+# %% ../nbs/foundation/16_folders.ipynb #cedf8ede
 def _grouper(pattern):
     "A function from a name to its group, '' where the pattern is not found."
     if pattern is None: return lambda name: ''
@@ -164,14 +168,14 @@ def _grouper(pattern):
                          r"e.g. r'-(?P<group>\d+-\d+)' for SOB_B_A-14-22549AB-400-007.png")
     return lambda name: found['group'] or '' if (found := p.search(name)) else ''
 
-# %% ../nbs/foundation/16_folders.ipynb #1bdffe9a
+# %% ../nbs/foundation/16_folders.ipynb #d7478ee7
 class _Folder:
     "A folder of class folders as a source."
     classes, pcam, hint = None, False, "say where their names stand: group=r'…(?P<group>…)…'"
     def __init__(self, root, group=None, only=None):
         self.root, self.only, self.group, self.group_of = Path(root).expanduser(), only, group, _grouper(group)
         self.by = f'the pattern {group!r}'
-        if not self.root.is_dir(): raise FileNotFoundError(f'{self.root} is no folder: expected one that holds class folders')
+        if not self.root.is_dir(): raise FileNotFoundError(f'{self.root} is no folder: expected one of class folders')
         top = _folders(self.root)
         words = {t: _SPLIT_WORDS[t.lower()] for t in top if t.lower() in _SPLIT_WORDS}
         self.splits = words if 'train' in words.values() and len(set(words.values())) > 1 else {}
@@ -182,42 +186,45 @@ class _Folder:
             split, why = self.splits.get(head, ''), _unusable(name, self.only)
             if self.splits and not split: why = why or 'beside the folders of the splits'
             if '/' not in below: why = why or 'in no class folder'
-            yield Item(name, self.root/name, below.partition('/')[0], self.group_of(below), split, why)
+            label = below.partition('/')[0] if '/' in below else ''
+            yield Item(name, self.root/name, label, self.group_of(below), split, why)
 
     def example(self): return f'it is looked for in names such as {next(i.name for i in self.items() if not i.why)}'
     def facts(self): return ''
 
-# %% ../nbs/foundation/16_folders.ipynb #76c232ce
+# %% ../nbs/foundation/16_folders.ipynb #dcc940dd
 def _stamp(item):
     if isinstance(item.data, Path) and not item.why: return item.data.stat()[6], item.data.stat().st_mtime_ns
     return len(item.data) if isinstance(item.data, bytes) else 0, item.why
 
+# %% ../nbs/foundation/16_folders.ipynb #70e3b5e5
 def _surveyed(source, n_splits):
     "Number of entries, images of each class, and a fingerprint of a source that can become a data set."
-    n, seen, groups, h = 0, Counter(), Counter(), hashlib.sha256(source.facts().encode())
+    n, seen, groups, mask, h = 0, Counter(), Counter(), None, hashlib.sha256(source.facts().encode())
     for item in progress(source.items(read=False), 'listing', unit=' files'):
         n, _ = n + 1, h.update(repr((item._replace(data=None), *_stamp(item))).encode())
         if item.why: continue
         seen[item.label] += 1
         groups[item.group] += 1
-        if source.only is None and {'mask', 'masks'} & set(item.name.lower().split('/')[:-1]):
-            raise ValueError(f"{source.root}: {item.name} looks like a mask, not an image: say which files are images, "
-                             "e.g. only='/images/', or only='.' for all")
+        if {'mask', 'masks'} & set(item.name.lower().split('/')[:-1]): mask = mask or item.name
+    if mask and source.only is None:
+        raise ValueError(f"{source.root}: {mask} looks like a mask, not an image: say which files are images, "
+                         "e.g. only='/images/', or only='.' for all")
     _check_classes(source, seen)
     _check_groups(source, groups, n_splits)
     return n, seen, h.hexdigest()[:10]
 
-# %% ../nbs/foundation/16_folders.ipynb #3cb29d0a
+# %% ../nbs/foundation/16_folders.ipynb #17158c1e
 def _check_classes(source, seen):
     "Raise `ValueError` unless there are 2 to 256 classes."
-    if len(seen) > 256: raise ValueError(f'{source.root} has {len(seen)} classes: expected at most 256, one byte a label')
+    if len(seen) > 256: raise ValueError(f'{source.root} has {len(seen)} classes: expected at most 256')
     if len(seen) > 1: return
     inner = next((source.root/c for c in seen if (source.root/c).is_dir() and len(_folders(source.root/c)) > 1), None)
     hint = f'; did you mean {inner}, which holds {", ".join(_folders(inner)[:5])}?' if inner else ''
     found = f'one class only ({next(iter(seen))})' if seen else 'no images in class folders'
     raise ValueError(f'{source.root} has {found}: expected at least two, as folder/class/image.png{hint}')
 
-# %% ../nbs/foundation/16_folders.ipynb #d2950b66
+# %% ../nbs/foundation/16_folders.ipynb #f7f8a16c
 def _check_groups(source, groups, n_splits):
     "Raise `ValueError` for a pattern that is never found, and for fewer groups than splits."
     if source.group is None: return
@@ -227,7 +234,7 @@ def _check_groups(source, groups, n_splits):
         raise ValueError(f'{source.root}: {known} groups ({", ".join(sorted(groups)[:5])}) by {source.by} for '
                          f'{n_splits} splits: expected at least one group for each')
 
-# %% ../nbs/foundation/16_folders.ipynb #12f9042c
+# %% ../nbs/foundation/16_folders.ipynb #8cdad2e7
 def _dealt(count, want, order):
     "The part (G,) of each group, −1 for those not in `order`, one after the other where it mends most: by chi squared."
     have, total, share = np.zeros_like(want), count.sum(0).clip(1), want.sum(1)/want.sum()
@@ -237,14 +244,16 @@ def _dealt(count, want, order):
         have[p] += count[g]
     return to, have
 
+# %% ../nbs/foundation/16_folders.ipynb #178390cc
 def _quotas(need, n):
     "`n` things for parts in proportion to what they need, in whole numbers."
     need = need.clip(0) if need.clip(0).any() else np.ones(len(need))
     share = need/need.sum()*n
-    left = n - int(np.floor(share).sum())
-    return np.floor(share).astype(int) + np.isin(np.arange(len(need)), np.argsort(np.floor(share) - share, kind='stable')[:left])
+    whole = np.floor(share).astype(int)
+    first = np.argsort(whole - share, kind='stable')[:n - whole.sum()]   # the largest remainders
+    return whole + np.isin(np.arange(len(need)), first)
 
-# %% ../nbs/foundation/16_folders.ipynb #eb6dcb84
+# %% ../nbs/foundation/16_folders.ipynb #00f8a985
 def _with_singles(to, have, count, want, rng):
     "Deal the groups of one image, class by class, to the parts that lack them."
     to, have, single = to.copy(), have.copy(), np.flatnonzero(to < 0)
@@ -255,6 +264,7 @@ def _with_singles(to, have, count, want, rng):
         have[:, k] += quota
     return to, have
 
+# %% ../nbs/foundation/16_folders.ipynb #e75969a6
 def _filled(to, count, n_parts):
     "Give each empty part a group of the part that has the most, one whose classes miss it the least."
     for p in range(n_parts):
@@ -263,13 +273,14 @@ def _filled(to, count, n_parts):
         to[rich[(count[rich]/count[rich].sum(0).clip(1)).max(1).argmin()]] = p
     return to
 
+# %% ../nbs/foundation/16_folders.ipynb #db1ea677
 def _miss(have, want, groups_of_class):
     "How far the parts are from their shares; a class that could be in every part and is not weighs most."
     total = want.sum(0).clip(1)
     lost = (have == 0) & (groups_of_class >= len(want))
     return (((have - want)/total)**2).sum() + lost.sum() + 9*((have[0] == 0) & (total > 0)).sum()
 
-# %% ../nbs/foundation/16_folders.ipynb #aecd4599
+# %% ../nbs/foundation/16_folders.ipynb #184511c6
 def split_groups(
     y, # classes (N,), integers from 0
     groups, # slide or patient of each image (N,), integers or texts
@@ -286,6 +297,7 @@ def split_groups(
     np.add.at(count, (at, np.asarray(y)), 1)
     return _best_deal(count, shares[:, None]/shares.sum()*count.sum(0), np.random.default_rng(seed))[at]
 
+# %% ../nbs/foundation/16_folders.ipynb #b911b556
 def _best_deal(count, want, rng):
     size, best = count.sum(1), None
     large, per_class = np.flatnonzero(size > 1), (count > 0).sum(0)
@@ -296,7 +308,7 @@ def _best_deal(count, want, rng):
         if best is None or _miss(have, want, per_class) < best[0]: best = _miss(have, want, per_class), to
     return _filled(best[1], count, len(want))
 
-# %% ../nbs/foundation/16_folders.ipynb #832cca47
+# %% ../nbs/foundation/16_folders.ipynb #11e8c82c
 def _joined_groups(groups, digests):
     "Groups (N,) as integers, those that share a digest made one."
     g, d = (np.unique(a, return_inverse=True)[1] for a in (groups, digests))
@@ -304,7 +316,7 @@ def _joined_groups(groups, digests):
     links = coo_array((np.ones(len(g), bool), (g, n + d)), shape=(n + d.max() + 1,)*2)
     return connected_components(links, directed=False)[1][:n][g]
 
-# %% ../nbs/foundation/16_folders.ipynb #304c8c90
+# %% ../nbs/foundation/16_folders.ipynb #80246d3c
 def _prepared(item, size, fit):
     "The bytes of an image and its line in the journal; no bytes for a skipped one."
     line = item._asdict() | dict(data=None)
@@ -319,6 +331,7 @@ def _prepared(item, size, fit):
     digest = hashlib.blake2b(pixels, digest_size=8).hexdigest()
     return pixels, line | dict(width=w, height=h, notes=notes, lost=round(lost, 4), digest=digest)
 
+# %% ../nbs/foundation/16_folders.ipynb #55bb34e8
 def _in_order(f, items, ahead=64):
     "`f` of each item, in order, some ahead in threads."
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -328,7 +341,7 @@ def _in_order(f, items, ahead=64):
             if len(coming) > ahead: yield coming.popleft().result()
         while coming: yield coming.popleft().result()
 
-# %% ../nbs/foundation/16_folders.ipynb #290a0fd9
+# %% ../nbs/foundation/16_folders.ipynb #23d0eac6
 class _Stage:
     "Decoded bytes and journal of an import that is not finished."
     def __init__(self, folder, row_bytes):
@@ -353,7 +366,7 @@ class _Stage:
         self.journal.write(json.dumps(line).encode() + b'\n'); self.journal.flush()
     def close(self): self.pixels.close(); self.journal.close()
 
-# %% ../nbs/foundation/16_folders.ipynb #719a911d
+# %% ../nbs/foundation/16_folders.ipynb #1e275bfd
 def _staged(source, n, folder, size, fit):
     "All images of a source on disk, going on where the last attempt stopped."
     stage = _Stage(folder, size*size*3)
@@ -362,18 +375,19 @@ def _staged(source, n, folder, size, fit):
     for pixels, line in bar: stage.add(pixels, line)
     return stage
 
-# %% ../nbs/foundation/16_folders.ipynb #805f718e
+# %% ../nbs/foundation/16_folders.ipynb #ac8f2862
 def _ordered(names):
     "Class names in the order of their labels."
     return tuple(sorted(names, key=float if all(re.fullmatch(r'-?\d+(\.\d+)?', n) for n in names) else str))
 
+# %% ../nbs/foundation/16_folders.ipynb #efa94e5a
 def _names(source, seen, size):
     "Names of the classes as they are found in the source, and as they will be shown."
     found = shown = tuple(c for c in source.classes if c in seen) if source.classes else _ordered(seen)
     if shown == CLASSES and not (source.pcam and size == SIDE): shown = tuple(f'{c} image' for c in shown)
     return found, shown
 
-# %% ../nbs/foundation/16_folders.ipynb #705b2ada
+# %% ../nbs/foundation/16_folders.ipynb #b431d635
 class _Kept(NamedTuple):
     "What is known of the kept images, one entry each."
     y: np.ndarray # label
@@ -382,6 +396,7 @@ class _Kept(NamedTuple):
     split: np.ndarray # number of the split that the source says, −1 for none
     start: np.ndarray # where its line in the journal begins
 
+# %% ../nbs/foundation/16_folders.ipynb #6d2b7b41
 def _kept(stage, found):
     "Arrays of the kept images; how often what was noted; the number of groups that have a name."
     label, groups, lone = {c: k for k, c in enumerate(found)}, {}, 0
@@ -399,7 +414,7 @@ def _kept(stage, found):
         start = end
     return _Kept(*map(np.array, columns)), facts | Counter({('lone', ''): lone}), len(groups)
 
-# %% ../nbs/foundation/16_folders.ipynb #da86fcb3
+# %% ../nbs/foundation/16_folders.ipynb #4e1fd05c
 def _assigned(kept, shares, seed):
     "The number of the split of each image."
     group, split = _joined_groups(kept.group, kept.digest), kept.split.copy()
@@ -408,6 +423,7 @@ def _assigned(kept, shares, seed):
     if missing: split[rows] = np.array(parts)[split_groups(kept.y[rows], group[rows], np.array(shares)[parts], seed)]
     return split
 
+# %% ../nbs/foundation/16_folders.ipynb #1b2fae9f
 def _across(split, key):
     "How many images have a group or digest that is in another split too."
     _, at = np.unique(key, return_inverse=True)
@@ -415,7 +431,7 @@ def _across(split, key):
     seen[at, split] = True
     return int((seen.sum(1) > 1)[at].sum())
 
-# %% ../nbs/foundation/16_folders.ipynb #8929a7b6
+# %% ../nbs/foundation/16_folders.ipynb #fa95ee66
 def _write_pixels(stage, rows, size, path, attrs):
     "The staged images `rows` as an array `x` in one piece."
     with h5py.File(path, 'w') as f, progress(total=len(rows), desc=f'writing {path.name}') as bar:
@@ -427,6 +443,7 @@ def _write_pixels(stage, rows, size, path, attrs):
             bar.update(len(part))
         f.attrs.update(attrs)
 
+# %% ../nbs/foundation/16_folders.ipynb #c66616a3
 def _write_table(stage, kept, rows, path, grouped, pcam):
     "One line an image: its file, its first shape, and its group as `wsi` where groups are known."
     columns = ['file', 'width', 'height'] + ['wsi']*grouped + ['center_tumor_patch']*pcam
@@ -439,13 +456,14 @@ def _write_table(stage, kept, rows, path, grouped, pcam):
             line |= dict(file=line['name'], wsi=line['group'] or line['name'], center_tumor_patch=int(kept.y[r]))
             out.writerow([line[c] for c in columns])
 
-# %% ../nbs/foundation/16_folders.ipynb #a13057d3
+# %% ../nbs/foundation/16_folders.ipynb #51344b51
 def _write_skipped(stage, path):
     with open(path, 'w', encoding='utf-8', newline='') as f:
         out = csv.writer(f)
         out.writerow(('file', 'class', 'why'))
         out.writerows((line['name'], line['label'], line['why']) for line, _ in stage._read() if line['why'])
 
+# %% ../nbs/foundation/16_folders.ipynb #d80175a0
 def _write_split(stage, kept, rows, split, folder, card):
     "The release's files of one split."
     attrs = {k: card[k] for k in ('size', 'fit', 'way', 'source', 'fingerprint', 'library')}
@@ -454,9 +472,10 @@ def _write_split(stage, kept, rows, split, folder, card):
         f['y'] = kept.y[rows].astype(np.uint8).reshape(-1, 1, 1, 1)
     _write_table(stage, kept, rows, raw_file(folder, split, 'meta'), card['grouped'], card['pcam'])
 
-# %% ../nbs/foundation/16_folders.ipynb #9ac65f65
+# %% ../nbs/foundation/16_folders.ipynb #82fd531c
 def _percent(a, b): return f'{100*a/max(b, 1):.0f} %'
 
+# %% ../nbs/foundation/16_folders.ipynb #bb2097b6
 def _counts(y, split, shown):
     "Images of each class in each split; `off` is the largest difference of a class's share from its share in all."
     n = np.array([np.bincount(y[split == p], minlength=len(shown)) for p in range(3)])
@@ -465,14 +484,16 @@ def _counts(y, split, shown):
     table = pd.DataFrame(dict(zip(SPLITS, n)), index=pd.Index(shown, name='class'))
     return table.assign(all=n.sum(0), off=off.round(4))
 
+# %% ../nbs/foundation/16_folders.ipynb #850d9ff4
 def _say_counts(t):
     n = ', '.join(f'{s} {t[s].sum():,}' for s in SPLITS)
-    yield f'{t["all"].sum():,} images of {len(t)} classes: {n}; shares of a class differ by at most {100*t.off.max():.1f} points'
+    even = f'shares of a class differ by at most {100*t.off.max():.1f} points'
+    yield f'{t["all"].sum():,} images of {len(t)} classes: {n}; {even}'
     for s in SPLITS:
         if len(lost := t.index[t[s] == 0]): yield f'{s} has no image of {", ".join(lost)}'
     if (n := t.test.sum()) < 100: yield f'test is small: one image of {n} is {100/max(n, 1):.1f} points of accuracy'
 
-# %% ../nbs/foundation/16_folders.ipynb #38ee0ec9
+# %% ../nbs/foundation/16_folders.ipynb #9a0bbede
 def _say_groups(kept, split, facts, n_groups, source):
     "Which groups are known, and what lies on two sides in spite of them."
     lone = facts['lone', '']
@@ -483,21 +504,21 @@ def _say_groups(kept, split, facts, n_groups, source):
     else: yield f'{n_groups:,} groups by {source.by}, each in one split'
     copies = len(kept.digest) - len(np.unique(kept.digest))
     labels = len(np.unique(np.stack([kept.digest, kept.y.astype('u8')]), axis=1).T) - len(np.unique(kept.digest))
-    if copies: yield f'{copies:,} images are copies of another, byte for byte'
-    if labels: yield f'{labels:,} of them stand in two classes: which is true?'
+    if copies: yield f'copies of an earlier image, byte for byte: {copies:,}'
+    if labels: yield f'of these, the same image in two classes (which is true?): {labels:,}'
     for key, what in ((kept.digest, 'are copies of images'), (kept.group, 'share their group with images')):
         if n := _across(split, key): yield f'{n:,} images {what} in another split: the source was cut so, and it leaks'
 
-# %% ../nbs/foundation/16_folders.ipynb #7a1af1de
+# %% ../nbs/foundation/16_folders.ipynb #27fbe828
 def _say_notes(facts, n, fit):
     "What was skipped, and what was converted."
     for (kind, what), k in sorted(facts.items()):
         if kind == 'skipped': yield f'{k:,} skipped: {what} (skipped.csv)'
-        if kind == 'note': yield f'{k:,} {what}' + (': white is the largest value of the type' if what == 'deep' else '')
+        if kind == 'note': yield f'{k:,} {what}' + ': white is the largest value of the type'*(what == 'deep')
     if fit == 'crop' and (lost := facts['lost', '']/max(n, 1)) > .005:
-        yield f'the middle was cut out: {100*lost:.0f} % of the area of an image is lost on average (fit=\'pad\' keeps it)'
+        yield f"the middle was cut out: {100*lost:.0f} % of the area is lost on average (fit='pad' keeps it)"
 
-# %% ../nbs/foundation/16_folders.ipynb #ceb0693c
+# %% ../nbs/foundation/16_folders.ipynb #dff7afdd
 @dataclass(frozen=True)
 class Import:
     "What an import made: its folder, the names of the classes, images of each in each split, and what to know of them."
@@ -508,7 +529,7 @@ class Import:
     words: tuple # sentences for the report
     card: dict # source, settings and fingerprint
 
-    def __repr__(self): return '\n'.join([f'{self.folder}', *(f'· {w}' for w in self.words)])
+    def __repr__(self): return '\n'.join([f'{self.folder.name}:', *(f'· {w}' for w in self.words)])
 
 CARD = 'import.json'
 def read_import(
@@ -516,16 +537,18 @@ def read_import(
 ) -> Import:
     "What an import left of itself. Raises `FileNotFoundError` for any other folder."
     folder = Path(folder).expanduser()
-    if not (folder/CARD).exists(): raise FileNotFoundError(f'{folder} has no {CARD}: expected a folder that an import wrote')
+    if not (folder/CARD).exists():
+        raise FileNotFoundError(f'{folder} has no {CARD}: expected a folder that an import wrote')
     card = json.loads((folder/CARD).read_text(encoding='utf-8'))
     counts = pd.DataFrame(card['counts'], index=pd.Index(card['classes'], name='class'))
     skipped = pd.read_csv(folder/'skipped.csv', keep_default_na=False)
     return Import(folder, tuple(card['classes']), counts, skipped, tuple(card['words']), card)
 
-# %% ../nbs/foundation/16_folders.ipynb #947b992e
+# %% ../nbs/foundation/16_folders.ipynb #f43ddb93
 _WAYS = dict(crop='shorter side resized (bicubic, antialiased), middle cut out',
              pad='longer side resized (bicubic, antialiased), filled up with the mean colour of the edge')
 
+# %% ../nbs/foundation/16_folders.ipynb #df5da33e
 def _write_all(folder, stage, source, seen, settings):
     "Arrays, tables, names and card of an import, from its stage."
     size, fit, shares, seed = (settings[k] for k in ('size', 'fit', 'split', 'seed'))
@@ -533,9 +556,11 @@ def _write_all(folder, stage, source, seen, settings):
     kept, facts, n_groups = _kept(stage, found)
     _check_classes(source, Counter(found[k] for k in kept.y))
     split, counts = (s := _assigned(kept, shares, seed)), _counts(kept.y, s, shown)
-    words = [*_say_counts(counts), *_say_groups(kept, split, facts, n_groups, source), *_say_notes(facts, len(split), fit)]
-    card = dict(settings, way=_WAYS[fit], classes=shown, words=words, counts=counts.to_dict('list'), grouped=n_groups > 0,
-                pcam=shown == CLASSES, fingerprint=fingerprint(kept.digest.tolist(), kept.y.tolist(), split.tolist()))
+    words = [*_say_counts(counts), *_say_groups(kept, split, facts, n_groups, source)]
+    words += _say_notes(facts, len(split), fit)
+    made_of = fingerprint(*(hashlib.sha256(a.tobytes()).hexdigest() for a in (kept.digest, kept.y, split)))
+    card = dict(settings, way=_WAYS[fit], classes=shown, words=words, counts=counts.to_dict('list'),
+                grouped=n_groups > 0, pcam=shown == CLASSES, fingerprint=made_of)
     folder.mkdir()
     order = np.random.default_rng(seed).permutation(len(split))
     for p, name in enumerate(SPLITS): _write_split(stage, kept, order[split[order] == p], name, folder, card)
@@ -543,7 +568,7 @@ def _write_all(folder, stage, source, seen, settings):
     (folder/CLASSES_FILE).write_text('\n'.join(shown) + '\n', encoding='utf-8')
     (folder/CARD).write_text(json.dumps(card, indent=1), encoding='utf-8')
 
-# %% ../nbs/foundation/16_folders.ipynb #1e8b69de
+# %% ../nbs/foundation/16_folders.ipynb #c473deb0
 def _free(out, source, key):
     "True if `out` can be written; False if it is this very import; `ValueError` for anything else."
     if out.resolve().is_relative_to(source.root.resolve()):
@@ -551,8 +576,9 @@ def _free(out, source, key):
     if not out.exists(): return True
     if out.is_dir() and not any(out.iterdir()): return out.rmdir() is None
     if (out/CARD).exists() and json.loads((out/CARD).read_text(encoding='utf-8'))['key'] == key: return False
-    raise ValueError(f'{out} is there and holds something else (other images or settings): remove it or name another place')
+    raise ValueError(f'{out} holds something else (other images or settings): remove it or name another place')
 
+# %% ../nbs/foundation/16_folders.ipynb #55add9d5
 def _imported(source, out, **settings):
     "Write a source as raw files. `settings`: size, fit, split, seed."
     out, shares = Path(out).expanduser(), tuple(settings['split'])
@@ -561,11 +587,12 @@ def _imported(source, out, **settings):
         raise ValueError(f'split is {shares}: expected three shares above 0, of train, valid and test')
     n, seen, stamp = _surveyed(source, len(shares))
     key = fingerprint(stamp, **settings)
-    settings |= dict(split=shares, source=source.root.name, group=source.group, stamp=stamp, key=key, library=f'pcam_tp {__version__}')
+    settings |= dict(split=shares, source=source.root.name, group=source.group, stamp=stamp, key=key,
+                     library=f'pcam_tp {__version__}')
     if _free(out, source, key): _import_to(out, source, n, seen, settings)
     return read_import(out)
 
-# %% ../nbs/foundation/16_folders.ipynb #6042a412
+# %% ../nbs/foundation/16_folders.ipynb #38790d27
 def _import_to(out, source, n, seen, settings):
     "One process stages and writes; after a stop the stage is still there, after a refusal it is not."
     size, fit = settings['size'], settings['fit']
@@ -581,7 +608,7 @@ def _import_to(out, source, n, seen, settings):
         raise
     shutil.rmtree(place, ignore_errors=True)
 
-# %% ../nbs/foundation/16_folders.ipynb #608ff6e6
+# %% ../nbs/foundation/16_folders.ipynb #a5137900
 def import_folder(
     root:Path, # holds class folders, or train, valid and test with class folders in them
     out:Path, # the folder to write; outside of `root`
@@ -596,10 +623,11 @@ def import_folder(
     see `Import`. Memory does not grow with the images; stopped, it goes on where it was; `out` is whole or absent."""
     return _imported(_Folder(root, group, only), out, size=size, fit=fit, split=split, seed=seed)
 
-# %% ../nbs/foundation/16_folders.ipynb #3f03cc8a
+# %% ../nbs/foundation/16_folders.ipynb #ea0566f1
 _LAYOUTS = dict(image='image_id', label='dx', group='lesion_id'), dict(image='id', label='label')
 _ROLES = 'image', 'label', 'group', 'split'
 
+# %% ../nbs/foundation/16_folders.ipynb #e8e24586
 def _columns(table, path, given):
     "The column of each role. `ValueError` unless they are there."
     has = lambda layout: set(layout.values()) <= set(table.columns)
@@ -608,12 +636,12 @@ def _columns(table, path, given):
     if columns is None:
         raise ValueError(f"{path} has the columns {listed}: say which is which, e.g. "
                          "columns=dict(image='file', label='diagnosis', group='patient')")
-    if unknown := set(columns) - set(_ROLES): raise ValueError(f'columns has {", ".join(unknown)}: expected some of {_ROLES}')
-    if not {'image', 'label'} <= set(columns): raise ValueError(f'columns is {columns}: expected at least image and label')
+    if not {'image', 'label'} <= set(columns) <= set(_ROLES):
+        raise ValueError(f'columns is {columns}: expected image and label, perhaps group and split')
     if not has(columns): raise ValueError(f'{path} has the columns {listed}: expected {", ".join(columns.values())}')
     return columns
 
-# %% ../nbs/foundation/16_folders.ipynb #1e44a22c
+# %% ../nbs/foundation/16_folders.ipynb #cfabcc94
 class _Table:
     "Images that a table names."
     only, hint = '.', "name a column: columns=dict(…, group='patient')"
@@ -622,19 +650,19 @@ class _Table:
         self.folders = [Path(f).expanduser() for f in ([folders] if isinstance(folders, (str, Path)) else folders)]
         if not self.path.is_file(): raise FileNotFoundError(f'{self.path} is no file: expected a table (CSV)')
         for f in self.folders:
-            if not f.is_dir(): raise FileNotFoundError(f'{f} is no folder: expected one with the images of {self.path.name}')
+            if not f.is_dir(): raise FileNotFoundError(f'{f} is no folder: expected the images of {self.path.name}')
         rows = pd.read_csv(self.path, dtype=str, keep_default_na=False, sep='\t' if self.path.suffix == '.tsv' else ',')
         self.columns, self.root = _columns(rows, self.path, columns), self.folders[0]
         self.rows, self.group = rows[list(dict.fromkeys(self.columns.values()))], self.columns.get('group')
         self.by, kaggle = f'the column {self.group}', _LAYOUTS[1] == self.columns
         self.pcam = kaggle and set(rows.label) <= {'0', '1'} and all(re.fullmatch('[0-9a-f]{40}', i) for i in rows.id)
         self.classes = CLASSES if self.pcam else None
-        if self.pcam: self.hint = 'PCam at Kaggle comes without slides, so it is not the release: no result on it is one on the other'
+        if self.pcam: self.hint = 'PCam at Kaggle comes without them, and a result on it is none on the release'
 
     def facts(self): return hashlib.sha256(self.path.read_bytes()).hexdigest()
     def example(self): return 'it is empty'
 
-# %% ../nbs/foundation/16_folders.ipynb #0ec05fcb
+# %% ../nbs/foundation/16_folders.ipynb #473e66f9
 @patch
 def _places(self:_Table):
     "Where the image of each name without ending lies; None for a name that is there twice."
@@ -644,12 +672,14 @@ def _places(self:_Table):
             if not _unusable(name, None): found[Path(name).stem] = None if Path(name).stem in found else (folder, name)
     return found
 
+# %% ../nbs/foundation/16_folders.ipynb #7da3e384
 @patch
 def _item(self:_Table, row, places, used):
     "The image of one row."
     value, label = row[self.columns['image']], row[self.columns['label']]
     stem = Path(value).stem if Path(value).suffix.lower() in IMAGES else Path(value).name
-    folder, name = next(((f, value) for f in self.folders if (f/value).is_file()), places.get(stem) or (self.root, value))
+    written = ((f, value) for f in self.folders if (f/value).is_file())
+    folder, name = next(written, places.get(stem) or (self.root, value))
     split, given = row.get(self.columns.get('split'), ''), 'split' in self.columns
     why = 'no label' if not label else 'a second row names it' if (folder, name) in used else ''
     if stem not in places: why = why or 'in the table and not in the folder'
@@ -659,14 +689,16 @@ def _item(self:_Table, row, places, used):
     label = CLASSES[int(label)] if self.pcam and label else label
     return Item(name, folder/name, label, row.get(self.group, ''), _SPLIT_WORDS.get(split.lower(), ''), why)
 
+# %% ../nbs/foundation/16_folders.ipynb #db9edb09
 @patch
 def items(self:_Table, read=True):
     places, used = self._places(), set()
-    for row in self.rows.itertuples(index=False, name=None): yield self._item(dict(zip(self.rows.columns, row)), places, used)
+    for row in self.rows.itertuples(index=False, name=None):
+        yield self._item(dict(zip(self.rows.columns, row)), places, used)
     for folder, name in filter(None, places.values()):
         if (folder, name) not in used: yield Item(name, folder/name, '', why='in the folder and not in the table')
 
-# %% ../nbs/foundation/16_folders.ipynb #a58a17f8
+# %% ../nbs/foundation/16_folders.ipynb #8d57700b
 def import_table(
     table:Path, # CSV, one row an image
     folder, # with the images, or several folders
@@ -680,19 +712,20 @@ def import_table(
     "Images that a table names, as raw files and class names; as `import_folder` in all else."
     return _imported(_Table(table, folder, columns), out, size=size, fit=fit, split=split, seed=seed)
 
-# %% ../nbs/foundation/16_folders.ipynb #ea1a6e83
+# %% ../nbs/foundation/16_folders.ipynb #4ae09ba8
 def _pyarrow():
     try: import pyarrow.parquet as parquet
     except ImportError as e:
-        raise ImportError('Parquet needs pyarrow: pip install pyarrow') from e
+        raise ImportError("Parquet needs pyarrow: pip install 'pcam_tp[parquet]', or pip install pyarrow") from e
     return parquet
 
+# %% ../nbs/foundation/16_folders.ipynb #f31cdd2d
 def _label_names(schema, column):
     "Names of the labels that Hugging Face wrote into the header, or None."
     about = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
     return about.get('info', {}).get('features', {}).get(column, {}).get('names')
 
-# %% ../nbs/foundation/16_folders.ipynb #77753231
+# %% ../nbs/foundation/16_folders.ipynb #3a79d6a1
 class _Parquet:
     "Rows of Parquet files with the bytes of images."
     only, pcam, hint = '.', False, "name a column: columns=dict(…, group='patient')"
@@ -714,7 +747,7 @@ class _Parquet:
     def facts(self): return repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.files])
     def example(self): return 'it is empty'
 
-# %% ../nbs/foundation/16_folders.ipynb #9143006f
+# %% ../nbs/foundation/16_folders.ipynb #4889292f
 @patch
 def _item(self:_Parquet, name, row, split):
     image, label = row.get(self.columns['image']), row[self.columns['label']]
@@ -725,6 +758,7 @@ def _item(self:_Parquet, name, row, split):
     group = row.get(self.group)
     return Item(name, data, label, '' if group is None else str(group), split, why)
 
+# %% ../nbs/foundation/16_folders.ipynb #3647a1ed
 @patch
 def items(self:_Parquet, read=True):
     wanted = [c for role, c in self.columns.items() if read or role != 'image']
@@ -733,7 +767,7 @@ def items(self:_Parquet, read=True):
         for k, row in enumerate(r for b in batches for r in b.to_pylist()):
             yield self._item(f'{file.name}/{k}', row, split)
 
-# %% ../nbs/foundation/16_folders.ipynb #dd025207
+# %% ../nbs/foundation/16_folders.ipynb #f9edc22f
 def import_parquet(
     paths, # a .parquet file, several, or a folder of them; names that begin with train, validation, test are splits
     out:Path, # the folder to write
@@ -743,10 +777,10 @@ def import_parquet(
     split:tuple=(.6, .2, .2), # shares of train, valid, test, where the files' names do not say
     seed:int=0
 ) -> Import:
-    "Rows with encoded images, as Hugging Face keeps them, as raw files and class names; as `import_folder` in all else."
+    "Rows with encoded images, as Hugging Face keeps them, as raw files and class names; else as `import_folder`."
     return _imported(_Parquet(paths, columns), out, size=size, fit=fit, split=split, seed=seed)
 
-# %% ../nbs/foundation/16_folders.ipynb #1b47b413
+# %% ../nbs/foundation/16_folders.ipynb #3411f057
 def import_any(
     source:Path, # a folder of class folders, of images that `table` names, or of Parquet files; or one such file
     out:Path, # the folder to write
@@ -759,8 +793,9 @@ def import_any(
     source = Path(source).expanduser()
     rows = source.suffix == '.parquet' or source.is_dir() and not _folders(source) and any(source.glob('*.parquet'))
     if not table and not rows:
-        if columns: raise ValueError(f'columns are for a table or Parquet rows, and {source} has neither: name the table')
+        if columns: raise ValueError(f'columns are for a table or Parquet rows, {source} has neither: name the table')
         return import_folder(source, out, **settings)
     if unfit := {'group', 'only'} & set(settings):
         raise ValueError(f'{" and ".join(sorted(unfit))}: for class folders only; of a table name the column, group=…')
-    return import_table(table, source, out, columns=columns, **settings) if table else import_parquet(source, out, columns=columns, **settings)
+    read = partial(import_table, table) if table else import_parquet
+    return read(source, out, columns=columns, **settings)

@@ -417,7 +417,7 @@ def _checked(name, q, maps, details):
     if maps.shape != wanted: raise ValueError(f'{name} gives maps {tuple(maps.shape)}: expected {wanted}')
     if not maps.sum().isfinite() and (bad := ~maps.isfinite().flatten(1).all(1)).any():   # one number is quicker to ask
         raise ValueError(f'{name} gives NaN or infinity for {int(bad.sum())} of {len(maps)} images ({q.precision})')
-    if q.model.crop is not None: maps = maps*q.model.inside(*wanted[1:])
+    if q.model.crops: maps = maps*q.model.inside(*wanted[1:])
     return maps, details | dict(target=q.target)
 
 def _joined(parts):

@@ -9,7 +9,8 @@ __all__ = ['course_recipe', 'trained', 'trained_with_ink', 'opening_case']
 from accelerate.utils import broadcast_object_list
 
 from .classifier import Classifier, trainable_parameters
-from .core import fingerprint, home, make_once, processes, run_name, sizes, wait_for_all
+from .core import (file_hash, fingerprint, home, make_once, processes, run_name, sizes,
+                          wait_for_all)
 from .data import Split, open_split, open_splits, split_id
 from .models import build, imagenet_weights, load_model, save_model
 from .release import CLASSES
@@ -26,7 +27,7 @@ def course_recipe(
     "How the course trains a network with the current budget; what was asked for and cannot be had takes no name."
     b, usual = sizes(), dict(width=.5, dropout=.3) if name == 'small_cnn' else {}
     options = usual | options
-    if options.get('pretrained'): options['pretrained'] = imagenet_weights(name) is not None
+    if options.get('pretrained') is True: options['pretrained'] = imagenet_weights(name) is not None
     epochs = epochs or (b.epochs if name == 'small_cnn' else b.epochs_resnet)
     return dict(options=options, epochs=epochs, seed=seed, batch_size=b.batch_size, stain=b.stain)
 
@@ -37,7 +38,7 @@ def trained(
     seed:int=0, # of weights and training
     epochs:int=None, # as the budget says if None
     device='cpu', # of the returned model
-    recipe:dict=None, # `precision`, and what of `RECIPE`, shall be otherwise
+    recipe:dict=None, # `precision`, `num_workers`, `device` of training, and what of `RECIPE`, shall be otherwise
     **options # of `build`; classes are those of the training split
 ) -> Classifier: # in evaluation mode; its card says how it was trained
     """The network trained by the course's recipe: loaded when it was trained before, else trained now;
@@ -51,7 +52,7 @@ def trained(
 # %% ../nbs/02_training.ipynb #026fcf99
 def _found_or_trained(name, splits, recipe, label, device):
     "The network of the folder that is named by label, data and recipe; trained first if it is not there."
-    made_of = fingerprint(name, *map(split_id, splits), RECIPE, **recipe)
+    made_of = fingerprint(name, *map(split_id, splits), RECIPE, **_what_counts(recipe))
     folder = home('data', 'models')/f'{label}-{made_of}'
     make = lambda tmp: _train_and_save(tmp, folder.with_name(f'{folder.name}.run.pt'), name, splits, **recipe)
     _make_together(folder, make, f'a trained {label}')
@@ -60,6 +61,13 @@ def _found_or_trained(name, splits, recipe, label, device):
     return model
 
 # %% ../nbs/02_training.ipynb #07fff904
+def _what_counts(recipe):
+    "What of a recipe shapes the network: a file of weights by its content, and not who reads ahead."
+    options, first = dict(recipe['options']), recipe['options'].get('pretrained')
+    if first not in (None, False, True): options['pretrained'] = file_hash(first).hexdigest()
+    return {k: v for k, v in recipe.items() if k not in ('num_workers', 'device')} | dict(options=options)
+
+# %% ../nbs/02_training.ipynb #2c226a40
 def _train_and_save(folder, checkpoint, name, splits, options, epochs, **recipe):
     "Train; the process that was given a folder writes the model into it."
     model = build(name, seed=recipe['seed'], **options)

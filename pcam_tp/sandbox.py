@@ -5,31 +5,33 @@
 # %% auto #0
 __all__ = ['KINDS', 'Limits', 'encode', 'matches', 'Sandbox']
 
-# %% ../nbs/tools/02b_sandbox.ipynb #a02ffbdb
-import base64, ctypes, json, linecache, os, select, shutil, signal, subprocess, sys, sysconfig, time, traceback, types
+# %% ../nbs/tools/02b_sandbox.ipynb #b003d8a3
+import base64, ctypes, json, linecache, os, select, shutil, signal, subprocess, sys, sysconfig, tempfile, time
+import traceback, types
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from IPython.core.inputtransformer2 import TransformerManager
 
 import pcam_tp
 
-# %% ../nbs/tools/02b_sandbox.ipynb #04b54b3d
+# %% ../nbs/tools/02b_sandbox.ipynb #d9a20dc9
 @dataclass(frozen=True)
 class Limits:
     "What a copy may use; beyond it, the cell at work is ended and the others still run."
-    cpu:float=15   # seconds of processor time of a cell
-    wall:float=60   # seconds of a cell
-    total:float=300   # seconds of a copy
+    cpu:float=8   # seconds of processor time of a cell
+    idle:float=20   # seconds of a cell in which nothing of it wants to run
+    total:float=600   # seconds of a copy
     memory:int=1_000   # MiB beside what the library takes
     disk:int=64   # MiB of scratch files
     processes:int=24   # at a time
     output:int=8_000   # characters of a cell that are kept
     values:int=4_000_000   # bytes of results of a cell
 
-# %% ../nbs/tools/02b_sandbox.ipynb #c8f51b0e
+# %% ../nbs/tools/02b_sandbox.ipynb #05358dd6
 def encode(
     v # a number, string, bool, None, array or tensor; or a list, tuple or dict of such
 ) -> list: # [kind, content], as JSON can say it
@@ -44,13 +46,13 @@ def encode(
         v = (v.float() if v.dtype in (torch.bfloat16, torch.float16) else v).resolve_conj().numpy()
     if type(v) is np.ndarray and v.dtype.kind in 'biufc':
         kind = 'bool' if v.dtype.kind == 'b' else 'number'
-        v = np.ascontiguousarray(v, dtype=v.dtype.newbyteorder('<'))
+        v = np.asarray(v, dtype=v.dtype.newbyteorder('<'), order='C')   # a number stays without axes
         return [kind + 's', v.dtype.str, list(np.shape(v)), base64.b64encode(v.tobytes()).decode()]
     if t in (list, tuple): return ['list', [encode(x) for x in v]]
     if t is dict and all(type(k) is str for k in v): return ['dict', {k: encode(x) for k, x in v.items()}]
     return ['other', str(t.__name__)[:80]]
 
-# %% ../nbs/tools/02b_sandbox.ipynb #1a8cb7cc
+# %% ../nbs/tools/02b_sandbox.ipynb #9e2f832c
 def matches(
     found:list, expected:list, # of `encode`; `found` may be anything at all
     rtol:float=1e-3, atol:float=1e-5
@@ -74,7 +76,7 @@ def _array(v):
     if dtype.kind not in ('b' if kind == 'bools' else 'iufc'): raise ValueError(dtype)
     return np.frombuffer(base64.b64decode(content), dtype).reshape(shape)
 
-# %% ../nbs/tools/02b_sandbox.ipynb #c52faf03
+# %% ../nbs/tools/02b_sandbox.ipynb #6cc9e449
 class _Nothing:
     "Stands for IPython: line magics and shell commands of a copy do nothing here."
     def __getattr__(self, name): return lambda *a, **k: None
@@ -92,7 +94,7 @@ def _told(e, names):
         return ''.join(t.format())[-3_000:], type(e).__name__, str(e)[:500]
     except BaseException: return 'an error that cannot be shown', 'Error', ''
 
-# %% ../nbs/tools/02b_sandbox.ipynb #1efd7ed5
+# %% ../nbs/tools/02b_sandbox.ipynb #bc3661dd
 def _play(cells, left, say, wait, limits):
     "Run the cells whose numbers are in `left`; `say` each start and end, and `wait` until it is heard."
     main, names = types.ModuleType('__main__'), {f'<{c["name"]}>' for c in cells}
@@ -115,7 +117,7 @@ def _play(cells, left, say, wait, limits):
         wait()
     say(done=True)
 
-# %% ../nbs/tools/02b_sandbox.ipynb #eb4226d2
+# %% ../nbs/tools/02b_sandbox.ipynb #834dfe15
 _NEW = dict(user=0x10000000, mounts=0x20000, processes=0x20000000, network=0x40000000, ipc=0x8000000, names=0x4000000)
 _NOSUID, _NODEV, _REC, _PRIVATE = 2, 4, 1 << 14, 1 << 18   # flags of mount(2)
 
@@ -125,8 +127,9 @@ def _call(function, *args):
         n = ctypes.get_errno()
         raise OSError(n, f'{function}: {os.strerror(n)}')
 
+# %% ../nbs/tools/02b_sandbox.ipynb #5027d9ba
 def _seal(disk):
-    "New namespaces for this process and all that it starts: the caller comes back as the first process of its own world."
+    "New namespaces for this process and its children: the caller comes back as the first process of a world."
     uid, gid = os.getuid(), os.getgid()
     _call('unshare', sum(_NEW.values()))
     Path('/proc/self/setgroups').write_text('deny')
@@ -142,7 +145,7 @@ def _seal(disk):
     if first: os._exit(min(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) & 255, 255))
     _drop_rights()
 
-# %% ../nbs/tools/02b_sandbox.ipynb #cf4f706d
+# %% ../nbs/tools/02b_sandbox.ipynb #9b29add2
 def _drop_rights():
     "No capabilities, now or later (`capabilities(7)`, `PR_SET_NO_NEW_PRIVS`)."
     for c in range(64): ctypes.CDLL(None).prctl(24, c, 0, 0, 0)   # PR_CAPBSET_DROP
@@ -160,7 +163,7 @@ def _hold(limits, base):
     most(resource.RLIMIT_CORE, 0)
     most(resource.RLIMIT_NOFILE, 256)
 
-# %% ../nbs/tools/02b_sandbox.ipynb #97b901c5
+# %% ../nbs/tools/02b_sandbox.ipynb #8f0a0c99
 def _child(cells, left, limits, kind, base, pipes):
     "Everything that happens in the fork; never comes back."
     messages, output, go_on = pipes
@@ -186,44 +189,50 @@ def _child(cells, left, limits, kind, base, pipes):
     try: _play(cells, left, say, lambda: os.read(0, 1), limits)
     finally: os._exit(0)
 
-# %% ../nbs/tools/02b_sandbox.ipynb #bef445e5
+# %% ../nbs/tools/02b_sandbox.ipynb #8b3e6052
 def _processes():
-    "All processes below this one, by number: (parent, seconds of processor time)."
+    "All processes below this one, by number: (parent, seconds of processor time, does it want to run)."
     tick, found = os.sysconf('SC_CLK_TCK'), {}
     for p in filter(str.isdigit, os.listdir('/proc')):
         try: f = Path(f'/proc/{p}/stat').read_bytes().rsplit(b')', 1)[1].split()
         except OSError: continue
-        found[int(p)] = int(f[1]), sum(map(int, f[11:15]))/tick
+        found[int(p)] = int(f[1]), sum(map(int, f[11:15]))/tick, f[0] in b'RD'
     below, new = {}, {os.getpid()}
-    while new := {p for p, (parent, _) in found.items() if parent in new and p not in below}:
+    while new := {p for p, (parent, *_) in found.items() if parent in new and p not in below}:
         below |= {p: found[p] for p in new}
     return below
 
 def _mib(p):
     "Memory of a process in MiB: its share (PSS), or where that is hidden, all that is resident."
     try:
-        with open(f'/proc/{p}/smaps_rollup') as f: return int(next(l for l in f if l.startswith('Pss:')).split()[1])/1024
+        with open(f'/proc/{p}/smaps_rollup') as f: share = next(l for l in f if l.startswith('Pss:'))
+        return int(share.split()[1])/1024
     except (OSError, StopIteration): pass
     try: return int(Path(f'/proc/{p}/statm').read_text().split()[1])*os.sysconf('SC_PAGESIZE')/2**20
     except OSError: return 0
 
-# %% ../nbs/tools/02b_sandbox.ipynb #3153fde3
+# %% ../nbs/tools/02b_sandbox.ipynb #a3d028fc
 class _Watch:
     "What the running cell has used, against the limits."
-    def __init__(self, limits, base): self.limits, self.base, self.seen, self.blind = limits, base, 0, not os.path.isdir('/proc/self')
-    def used(self): return 0 if self.blind else sum(cpu for _, cpu in _processes().values())
-    def begin(self): self.at, self.cpu = time.monotonic(), self.used()
+    def __init__(self, limits, base):
+        self.limits, self.base = limits, base
+        self.blind = not os.path.isdir('/proc/self')   # not Linux
+
+    def used(self): return 0 if self.blind else sum(cpu for _, cpu, _ in _processes().values())
+    def begin(self): self.seen, self.idle, self.cpu = time.monotonic(), 0, self.used()
 
     def too_much(self):
-        "The limit that is broken, or ''."
-        l, now = self.limits, time.monotonic()
-        if now - self.at > l['wall']: return 'time'
-        if self.blind or now - self.seen < .05: return ''
-        self.seen, below = now, _processes()
-        if sum(cpu for _, cpu in below.values()) - self.cpu > l['cpu']: return 'time'
+        "The limit that is broken, or ''. Looks at most twenty times a second."
+        l, passed = self.limits, time.monotonic() - self.seen
+        if passed < .05: return ''
+        below = {} if self.blind else _processes()
+        self.seen += passed
+        if not any(wants for *_, wants in below.values()): self.idle += min(passed, .5)
+        if self.idle > l['idle'] or sum(cpu for _, cpu, _ in below.values()) - self.cpu > l['cpu']: return 'time'
         if len(below) > l['processes']: return 'processes'
         return 'memory' if sum(map(_mib, below)) > l['memory'] + self.base else ''
 
+# %% ../nbs/tools/02b_sandbox.ipynb #61a62e74
 def _end(child):
     "End the child and all below it: by the kernel where they have a world of their own, else one by one."
     can_look, until = os.path.isdir('/proc/self'), time.monotonic() + 10
@@ -236,51 +245,58 @@ def _end(child):
         except ChildProcessError: return
         time.sleep(.005)
 
-# %% ../nbs/tools/02b_sandbox.ipynb #8d20b983
+# %% ../nbs/tools/02b_sandbox.ipynb #bfea9b13
 class _Hearing:
     "What the child said: only of the cell at work, and nothing that is not understood."
     def __init__(self, output, goes_on, watch, limits):
-        self.ends, self.at, self.done, self.refused, self.text, self.buffer = {}, None, False, None, b'', b''
-        self.output, self.goes_on, self.watch, self.limits, self.sealed, self.printed = output, goes_on, watch, limits, False, 0
+        self.output, self.goes_on, self.watch, self.limits = output, goes_on, watch, limits
+        self.ends, self.at, self.text, self.buffer = {}, None, b'', b''
+        self.sealed, self.refused, self.done, self.printed, self.most = False, None, False, 0, 500*limits['output']
 
     def drain(self):
+        "Read what was printed."
         try:
-            while (chunk := os.read(self.output, 65536)) and self.printed < 500*self.limits['output']:
-                self.text, self.printed = (self.text + chunk)[:4*self.limits['output']], self.printed + len(chunk)
+            while (chunk := os.read(self.output, 65536)) and self.printed < self.most:
+                self.printed += len(chunk)
+                self.text = (self.text + chunk)[:4*self.limits['output']]
         except OSError: pass
 
     def hear(self, chunk):
-        self.buffer += chunk
-        *lines, self.buffer = self.buffer.split(b'\n')
+        "Take the complete lines of what was said."
+        *lines, self.buffer = (self.buffer + chunk).split(b'\n')
         for line in lines:
             try: self.message(json.loads(line))
             except Exception: pass
         if len(self.buffer) > 2*self.limits['values']: self.buffer = b''
 
-    def message(self, m):
-        if not self.sealed: self.sealed, self.refused = bool(m.get('sealed')), m.get('refused')
-        elif 'start' in m and type(m['start']) is int and self.at is None:
-            self.at = m['start']
-            self.watch.begin()
-        elif 'end' in m and m['end'] == self.at is not None: self.close('error' if m.get('error') else 'ok', m)
-        elif 'done' in m: self.done = True
+# %% ../nbs/tools/02b_sandbox.ipynb #5b2a0af3
+@patch
+def message(self:_Hearing, m):
+    "One line of the child."
+    if not self.sealed: self.sealed, self.refused = bool(m.get('sealed')), m.get('refused')
+    elif 'start' in m and type(m['start']) is int and self.at is None:
+        self.at = m['start']
+        self.watch.begin()
+    elif 'end' in m and m['end'] == self.at is not None: self.close('error' if m.get('error') else 'ok', m)
+    elif 'done' in m: self.done = True
 
-    def close(self, status, m={}):
-        self.drain()
-        error = [str(x) for x in m.get('error') or ()]
-        text = self.text.decode(errors='replace')[:self.limits['output']]
-        self.ends[self.at] = dict(status=status, error=error, values=m.get('values'), output=text)
-        self.at, self.text = None, b''
-        try: os.write(self.goes_on, b'.')
-        except OSError: pass
+@patch
+def close(self:_Hearing, status, m={}):
+    "The cell at work has ended; the child may go on."
+    self.drain()
+    error, text = [str(x) for x in m.get('error') or ()], self.text.decode(errors='replace')
+    self.ends[self.at] = dict(status=status, error=error, values=m.get('values'), output=text[:self.limits['output']])
+    self.at, self.text = None, b''
+    try: os.write(self.goes_on, b'.')
+    except OSError: pass
 
-# %% ../nbs/tools/02b_sandbox.ipynb #83dde8fb
+# %% ../nbs/tools/02b_sandbox.ipynb #49e4e85f
 def _attempt(cells, left, limits, kind, base):
-    "Play cells in a child. Returns what was heard; a cell that was at work when the child ended has that as its status."
+    "Play cells in a child; returns what was heard. A cell at work when the child ended has that as its status."
     (heard, says), (printed, prints), (go_on, goes_on) = os.pipe(), os.pipe(), os.pipe()
     child = os.fork()
     if child == 0: _child(cells, left, limits, kind, base['bytes'], (says, prints, go_on))
-    os.close(says), os.close(prints), os.close(go_on)
+    for fd in says, prints, go_on: os.close(fd)
     os.set_blocking(printed, False)
     watch = _Watch(limits, base['mib'])
     watch.begin()
@@ -292,13 +308,13 @@ def _attempt(cells, left, limits, kind, base):
             if not (chunk := os.read(heard, 1 << 20)): break
             h.hear(chunk)
         elif os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT): break
-        why = watch.too_much() or ('output' if h.printed >= 500*limits['output'] else '')
+        why = watch.too_much() or ('output' if h.printed >= h.most else '')
     _end(child)
     if h.at is not None: h.close(why or 'exit')
-    os.close(heard), os.close(printed), os.close(goes_on)
+    for fd in heard, printed, goes_on: os.close(fd)
     return h
 
-# %% ../nbs/tools/02b_sandbox.ipynb #4288e20a
+# %% ../nbs/tools/02b_sandbox.ipynb #534a0c75
 def _run(cells, limits, kind, base):
     "The result of each cell; a cell that ends the child is left out, and the others are played again."
     results, left, end = {}, [*range(len(cells))], time.monotonic() + limits['total']
@@ -315,7 +331,7 @@ def _run(cells, limits, kind, base):
     nothing = dict(status='total', error=[], values=None, output='')
     return dict(cells=[results.get(i, nothing) for i in range(len(cells))])
 
-# %% ../nbs/tools/02b_sandbox.ipynb #f7c27ce4
+# %% ../nbs/tools/02b_sandbox.ipynb #2002dbc6
 def _serve(kind):
     "The warm process: reads a request a line, answers in a line, ends when nobody asks any more."
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), 'w')
@@ -341,56 +357,63 @@ def _size():
     try: return int(Path('/proc/self/statm').read_text().split()[0])*os.sysconf('SC_PAGESIZE')
     except OSError: return 0
 
-# %% ../nbs/tools/02b_sandbox.ipynb #0d1a5ea1
+# %% ../nbs/tools/02b_sandbox.ipynb #30a97577
 KINDS = 'bwrap', 'unshare', 'none'   # from the strongest
+
+_SYSTEM = '/usr /bin /sbin /lib /lib32 /lib64 /etc/ld.so.cache /etc/alternatives /etc/fonts /etc/localtime'.split()
 
 def _places():
     "Folders that Python needs: system, interpreter, packages."
-    system = '/usr', '/bin', '/sbin', '/lib', '/lib32', '/lib64', '/etc/ld.so.cache', '/etc/alternatives', '/etc/fonts', '/etc/localtime'
-    python = sys.prefix, sys.base_prefix, sys.exec_prefix, *map(sysconfig.get_path, ('stdlib', 'platstdlib', 'purelib', 'platlib'))
+    python = [sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.realpath(sys.prefix)]
+    python += map(sysconfig.get_path, ('stdlib', 'platstdlib', 'purelib', 'platlib'))
+    programs = Path(sys.executable).absolute(), Path(os.path.realpath(sys.executable))
     packages = [p for p in sys.path if Path(p).name in ('site-packages', 'dist-packages')]
-    found = [str(Path(p).absolute()) for p in (*system, *python, os.path.realpath(sys.prefix), *packages) if p and os.path.exists(p)]
-    exe = Path(sys.executable)
-    links = {str(p.absolute().parent.parent) for p in (exe, Path(os.path.realpath(exe)))}
+    all_of = {*_SYSTEM, *python, *packages, *(p.parent.parent for p in programs)}
     kept = []
-    for p in sorted({*found, *links} - {'/'}, key=len):
+    for p in sorted({str(Path(p).absolute()) for p in all_of if p and os.path.exists(p)} - {'/'}, key=len):
         if not any(Path(p).is_relative_to(k) for k in kept): kept.append(p)
     return kept
 
-_SETTINGS = dict(PATH='/usr/bin:/bin', HOME='/tmp', PYTHONPATH='/grader', PYTHONDONTWRITEBYTECODE='1', PYTHONHASHSEED='0',
-                 OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='',
+_SETTINGS = dict(PATH='/usr/bin:/bin', HOME='/tmp', PYTHONPATH='/grader', PYTHONHASHSEED='0',
+                 PYTHONDONTWRITEBYTECODE='1', OMP_NUM_THREADS='1', MKL_NUM_THREADS='1',
+                 OPENBLAS_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='',
                  MPLBACKEND='agg', IN_TEST='1', LANG='C.UTF-8', PCAM_TP_HOME='/tmp/copy', HF_HUB_OFFLINE='1')
 
-# %% ../nbs/tools/02b_sandbox.ipynb #3ee51ae8
+def _library(): return str(Path(pcam_tp.__file__).resolve().parent)
+
+# %% ../nbs/tools/02b_sandbox.ipynb #57b782b4
 def _bubblewrap(hidden):
     "The command line of bubblewrap before that of the server."
     args = ['bwrap', '--unshare-all', '--unshare-user', '--die-with-parent', '--new-session', '--clearenv']
     for k, v in _SETTINGS.items(): args += ['--setenv', k, v]
     for p in _places(): args += ['--ro-bind', p, p]
-    args += ['--ro-bind', str(Path(pcam_tp.__file__).resolve().parent), '/grader/pcam_tp']
+    args += ['--ro-bind', _library(), '/grader/pcam_tp']
     for h in hidden: args += ['--tmpfs', h]
-    return args + ['--proc', '/proc', '--dev', '/dev', '--remount-ro', '/dev', '--tmpfs', '/tmp', '--remount-ro', '/', '--chdir', '/tmp']
+    return args + '--proc /proc --dev /dev --remount-ro /dev --tmpfs /tmp --remount-ro / --chdir /tmp'.split()
 
+# %% ../nbs/tools/02b_sandbox.ipynb #d29cc51e
 _BUILD = r'''set -e
 new=$(mktemp -d); mount --make-rprivate /; mount -t tmpfs none "$new"; cd "$new"
 bind() { if [ -d "$1" ]; then mkdir -p ".$2"; else mkdir -p ".$(dirname "$2")"; : > ".$2"; fi
-         mount --rbind "$1" ".$2"; mount -o remount,bind,ro,nosuid,nodev ".$2" 2>/dev/null || mount -o remount,bind,ro ".$2"; }
+         mount --rbind "$1" ".$2"
+         mount -o remount,bind,ro,nosuid,nodev ".$2" 2>/dev/null || mount -o remount,bind,ro ".$2"; }
 while [ "$1" != -- ]; do bind "$1" "$2"; shift 2; done; shift
 while [ "$1" != -- ]; do mount -t tmpfs -o size=1m none ".$1"; shift; done; shift
 mkdir -p proc dev tmp .old; mount -t proc proc proc; mount -t tmpfs none tmp
 for d in null zero random urandom; do : > dev/$d; mount --bind /dev/$d dev/$d; done; mkdir dev/shm
-pivot_root . .old; umount -l /.old; rmdir /.old; mount -o remount,ro,bind / 2>/dev/null || mount -o remount,ro /; cd /tmp
+pivot_root . .old; umount -l /.old; rmdir /.old
+mount -o remount,ro,bind / 2>/dev/null || mount -o remount,ro /; cd /tmp
 exec "$@"
 '''
 
 def _unshared(hidden):
     "The same tree, by `unshare` and mounts (util-linux)."
-    pairs = [x for p in _places() for x in (p, p)] + [str(Path(pcam_tp.__file__).resolve().parent), '/grader/pcam_tp']
+    pairs = [x for p in _places() for x in (p, p)] + [_library(), '/grader/pcam_tp']
     spaces = '--user --map-root-user --mount --net --ipc --uts --pid --fork --kill-child'.split()
     settings = [f'{k}={v}' for k, v in _SETTINGS.items()]
     return ['unshare', *spaces, 'sh', '-c', _BUILD, 'sh', *pairs, '--', *hidden, '--', 'env', '-i', *settings]
 
-# %% ../nbs/tools/02b_sandbox.ipynb #b5670587
+# %% ../nbs/tools/02b_sandbox.ipynb #0e2dc421
 class Sandbox:
     "A warm server behind a wall. It dies with its maker; use it as a context manager."
     def __init__(self,
@@ -416,23 +439,19 @@ class Sandbox:
             return '' if probe['output'] == '2\n' else f'a first cell gave {probe}'
         except (OSError, RuntimeError, ValueError) as e: return f'{type(e).__name__}: {e}'
 
-# %% ../nbs/tools/02b_sandbox.ipynb #a3008bc8
-from fastcore.basics import patch
-
+# %% ../nbs/tools/02b_sandbox.ipynb #a05a89d5
 @patch
 def _open(self:Sandbox):
     "Start the process."
     hidden = [h for h in self.hide if any(Path(h).is_relative_to(p) for p in _places()) and os.path.isdir(h)]
     wall = dict(bwrap=_bubblewrap, unshare=_unshared, none=lambda _: [])[self.kind](hidden)
     if wall and not shutil.which(wall[0]): raise OSError(f'{wall[0]} is not installed')
+    self.scratch = None if wall else tempfile.mkdtemp(prefix='copy-')
+    here = dict(PYTHONPATH=str(Path(_library()).parent), HOME=self.scratch, PCAM_TP_HOME=self.scratch)
     code = f'from pcam_tp.sandbox import _serve; _serve({self.kind!r})'
-    self.scratch, env = None, None
-    if self.kind == 'none':
-        import tempfile
-        self.scratch = tempfile.mkdtemp(prefix='copy-')
-        env = _SETTINGS | dict(PYTHONPATH=str(Path(pcam_tp.__file__).resolve().parent.parent), HOME=self.scratch, PCAM_TP_HOME=self.scratch)
     self.process = subprocess.Popen([*wall, sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                    stderr=subprocess.DEVNULL, env=env, start_new_session=True, text=True)
+                                    stderr=subprocess.DEVNULL, env=None if wall else _SETTINGS | here,
+                                    start_new_session=True, text=True)
 
 @patch
 def _ask(self:Sandbox, **what):
@@ -445,16 +464,19 @@ def _ask(self:Sandbox, **what):
     if not answer: raise RuntimeError(f'the server of the sandbox ({self.kind}) has ended')
     return json.loads(answer)
 
+# %% ../nbs/tools/02b_sandbox.ipynb #5baae496
 @patch
 def run(self:Sandbox,
     cells:list # of dicts: `name`, `code`, and `values=True` where the variable `values` is wanted
-) -> list: # of dicts: status 'ok', 'error', 'exit', 'time', 'memory', 'processes', 'output' or 'total'; output, error, values
-    "Play cells in one namespace, in a child of their own."
+) -> list: # of dicts: status, output, error, values
+    """Play cells in one namespace, in a child of their own. The status is 'ok', 'error' (an exception), or what
+    ended the child: 'exit', 'time', 'memory', 'processes', 'output'; 'total' if the copy's time was up before."""
     if self.scratch: cells = [dict(c, folder=self.scratch) for c in cells]
     answer = self._ask(cells=cells, limits=self.limits)
     if 'refused' in answer: raise RuntimeError(f'the child cannot be sealed: {answer["refused"]}')
     return answer['cells']
 
+# %% ../nbs/tools/02b_sandbox.ipynb #e5f7d20d
 @patch
 def close(self:Sandbox):
     "End the server and what it holds."

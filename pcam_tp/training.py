@@ -89,11 +89,12 @@ def _accelerator(precision, device):
 def predict_split(
     model:Classifier,
     split:Split,
-    batch_size:int=None # the device's own if None
+    batch_size:int=None, # the device's own if None
+    num_workers:int=None # threads that read ahead, see `Batches`
 ) -> torch.Tensor: # logits (N, K) on the processor, in the order of the split
     "Logits for a whole split in evaluation mode and full precision."
     size = batch_size or best_batch_size(model.device, (split.side,)*2)
-    batches = Batches(split, size, device=model.device)
+    batches = Batches(split, size, device=model.device, num_workers=num_workers)
     with torch.no_grad(), evaluating(model):
         return torch.cat([model(x).float() for x, _ in progress(batches, f'predicting {split.name}')]).cpu()
 
@@ -135,11 +136,11 @@ def _class_weights(weights, y, n_classes):
 # %% ../nbs/foundation/14_training.ipynb #9e569d25
 class _Run:
     "The state of one training run, and its steps."
-    def __init__(self, model, train_split, recipe, accelerator):
+    def __init__(self, model, train_split, recipe, accelerator, num_workers=None):
         self.model, self.recipe, self.accelerator, r = model, recipe, accelerator, SimpleNamespace(**recipe)
         self.device, cuda = accelerator.device, accelerator.device.type == 'cuda'
         self.batches = Batches(train_split, r.batch_size, shuffle=True, seed=r.seed, device=self.device, drop_last=True,
-                               part=(accelerator.process_index, accelerator.num_processes))
+                               part=(accelerator.process_index, accelerator.num_processes), num_workers=num_workers)
         learns = [p for p in model.parameters() if p.requires_grad]
         opt = torch.optim.AdamW(learns, lr=r.lr, weight_decay=r.weight_decay, fused=cuda)
         schedule = _schedule(opt, r.schedule, r.lr, r.epochs*len(self.batches))
@@ -215,7 +216,7 @@ def resume(self:_Run, file):
     for k in _STATE: getattr(self, k).load_state_dict(state[k])
     self.history, self.best = state['history'], state['best']
 
-# %% ../nbs/foundation/14_training.ipynb #23f22458
+# %% ../nbs/foundation/14_training.ipynb #521e325c
 RECIPE = dict(batch_size=64, lr=2e-3, weight_decay=.05, # over all processes together; lr is the highest
               stain=.15, # largest relative change of optical density
               schedule='one_cycle', # or 'plateau'
@@ -223,6 +224,7 @@ RECIPE = dict(batch_size=64, lr=2e-3, weight_decay=.05, # over all processes tog
               patience=None, # stop after so many epochs without a lower validation loss; never if None
               seed=0) # of the order, the augmentation and dropout
 
+# %% ../nbs/foundation/14_training.ipynb #23f22458
 def train(
     model:Classifier, # trained in place, left on its device with the weights of the best epoch
     train:Split, valid:Split, # patches to learn from, and to watch
@@ -230,6 +232,7 @@ def train(
     *, checkpoint:Path=None, # a file, written after every epoch; if it is there, the run goes on from it
     precision:str=None, # 'bf16', 'fp16' or 'no'; the fastest, probed, if None
     device=None, # the best there is if None
+    num_workers:int=None, # threads that read ahead, see `Batches`; no number hangs on it
     **recipe # anything of `RECIPE`
 ) -> pd.DataFrame: # a row per epoch
     """AdamW on one process or several (`accelerate launch`). History: losses, validation accuracy and AUC (of more than
@@ -240,7 +243,8 @@ def train(
     _check_run(model, train, recipe)
     accelerator = _accelerator(precision, torch.device(device or best_device()))
     with torch.random.fork_rng(devices=[0] if accelerator.device.type == 'cuda' else []):
-        return _run(_Run(model.to(accelerator.device), train, recipe, accelerator), valid, checkpoint)
+        run = _Run(model.to(accelerator.device), train, recipe, accelerator, num_workers)
+        return _run(run, valid, checkpoint)
 
 # %% ../nbs/foundation/14_training.ipynb #3e65349d
 def _check_run(model, train, recipe):
@@ -275,10 +279,11 @@ def _run(run, valid, checkpoint):
 # %% ../nbs/foundation/14_training.ipynb #656128ed
 def evaluate(
     model:Classifier,
-    split:Split
+    split:Split,
+    batch_size:int=None, num_workers:int=None # as for `predict_split`
 ) -> pd.DataFrame: # a row per patch: row in the file, slide, y, pred, and p = probability of the second of two classes
     "Predictions for every patch of a split; of more than two classes the probability of each, `p0` … `pK−1`."
-    p = predict_split(model, split).double().softmax(1).numpy()
+    p = predict_split(model, split, batch_size, num_workers).double().softmax(1).numpy()
     chances = dict(p=p[:, 1]) if p.shape[1] == 2 else {f'p{k}': p[:, k] for k in range(p.shape[1])}
     slide = split.slides if split.slides is not None else None
     return pd.DataFrame(dict(row=split.rows, slide=slide, y=split.y, pred=p.argmax(1), **chances))
@@ -302,7 +307,8 @@ def results(
     correct = (predictions.pred == predictions.y).to_numpy().astype(float)
     options = dict(n_resamples=n_resamples or sizes().n_resamples,
                    by=None if predictions.slide.isna().any() else predictions.slide.to_numpy())
-    if p.ndim == 2 and (n := len(np.unique(y))) < p.shape[1]: print(f'auc: the mean of {n} of {p.shape[1]} classes, those with patches')
+    if p.ndim == 2 and (n := len(np.unique(y))) < p.shape[1]:
+        print(f'auc: the mean of {n} of {p.shape[1]} classes, those with patches')
     rows = dict(accuracy=interval(correct, **options), auc=auc_interval(*_of_present(y, p), **options),
                 nll=interval(nll(y, p), **options),
                 calibration_error=calibration_interval(y, p, options['by']))

@@ -45,7 +45,7 @@ sys.modules.update({'google': google, 'google.colab': colab})
 torch.cuda.is_available = lambda: gpu
 for c in cells:
     if not shell.run_cell(c).success: sys.exit(1)
-print(json.dumps(dict(pips=pips, assets=os.environ.get('PCAM_TP_ASSETS'))))
+print(json.dumps(dict(pips=pips, assets=os.environ.get('PCAM_TP_ASSETS'), budget=os.environ.get('PCAM_TP_BUDGET'))))
 '''
 LOOK = '''
 from pcam_tp.core import source
@@ -64,7 +64,7 @@ def first_cell(name='03_gradcam', **changes):
 def machine(home, cells, drive, refuses=False, gpu=False):
     "What a new machine prints, and at last what was installed and set. Its working folder is `home`."
     home.mkdir()
-    env = {k: v for k, v in os.environ.items() if k not in ('PCAM_TP_SOURCE', 'PCAM_TP_ASSETS', 'PCAM_TP_HOME')}
+    env = {k: v for k, v in os.environ.items() if not k.startswith('PCAM_TP_')}
     cells = [*cells, 'import pathlib' + LOOK]
     *said, last = python(MACHINE, json.dumps([cells, str(drive), refuses, gpu]), cwd=home, env=env).stdout.splitlines()
     return '\n'.join(said), json.loads(last)
@@ -77,7 +77,7 @@ def web(tmp_path_factory):
     raw = write_synthetic(folder/'raw', dict(train=24, valid=12, test=12))
     (folder/'net').mkdir()
     (folder/'net'/'card.json').write_text('{}')
-    pack_assets(raw, {'small_cnn-of-the-class': folder/'net'}, folder/'class')
+    pack_assets(raw, {'small_cnn-assets-quick-1234567890': folder/'net'}, folder/'class')
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *args): asked.append(self.path)
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=folder/'class'))
@@ -90,25 +90,26 @@ def test_first_cell(web, tmp_path):
     "Installed once, files fetched before anything else, the network of the class kept on Drive for the next machine."
     address, asked = web
     cell = first_cell(assets=address)
-    kept = cell.replace('drive=False', 'drive=True')
+    kept = cell.replace('keep_on_drive = False', 'keep_on_drive = True')
     assert kept != cell
     said, last = machine(tmp_path/'one', [kept, kept], tmp_path/'drive')   # run twice by an impatient student
-    assert last == dict(pips=[f'install -q "pcam_tp[course] @ git+https://github.com/{OURS.owner}/{OURS.name}"'], assets=address)
+    assert last == dict(pips=[f'install -q "pcam_tp[course] @ git+https://github.com/{OURS.owner}/{OURS.name}"'], assets=address,
+                        budget='quick'), 'the budget of the networks: with another one they would be trained again'
     assert 'the files of your class · trained networks that are here: 1' in said and 'source assets [24, 12, 12]' in said
     assert said.count('T4 GPU') == 1 and said.count('patches:') == 1
-    assert asked.count(f'/{ASSETS}') == 1 and (tmp_path/'drive'/'MyDrive'/'pcam_tp'/'models'/'small_cnn-of-the-class').is_dir()
+    assert asked.count(f'/{ASSETS}') == 1 and (tmp_path/'drive'/'MyDrive'/'pcam_tp'/'models'/'small_cnn-assets-quick-1234567890').is_dir()
     assert not list((tmp_path/'drive').rglob('*.h5')), 'patches are read at random: not from Drive'
 
-    alone = first_cell().replace('drive=False', 'drive=True')   # the next day, without the class's files
+    alone = first_cell().replace('keep_on_drive = False', 'keep_on_drive = True')   # the next day, without the class's files
     said, last = machine(tmp_path/'two', [alone], tmp_path/'drive', gpu=True)
     assert 'patches: synthetic · trained networks that are here: 1' in said and 'GPU' not in said
-    assert last['assets'] is None and 'source synthetic' in said
-    assert (tmp_path/'two'/'data'/'models'/'small_cnn-of-the-class'/'card.json').read_text() == '{}'
+    assert last['assets'] is last['budget'] is None and 'source synthetic' in said
+    assert (tmp_path/'two'/'data'/'models'/'small_cnn-assets-quick-1234567890'/'card.json').read_text() == '{}'
 
 
 def test_first_cell_goes_on(tmp_path):
     "Neither a wrong address nor a refused Drive stops the lesson; both are said."
-    cell = first_cell(assets='http://127.0.0.1:9').replace('drive=False', 'drive=True')
+    cell = first_cell(assets='http://127.0.0.1:9').replace('keep_on_drive = False', 'keep_on_drive = True')
     said, last = machine(tmp_path/'one', [cell], tmp_path/'drive', refuses=True)
     assert 'No Drive (ValueError: mount failed)' in said and 'does not answer' in said
     assert 'source synthetic' in said and said.count('SYNTHETIC') == 1

@@ -16,7 +16,7 @@ from pcam_tp import grading
 from pcam_tp.grading import ELSEWHERE, WHY, collect, grade
 
 SECRET = 'a secret of a class that nobody knows'
-LIMITS = Limits(cpu=1.5, wall=5, total=40, memory=300, processes=12)
+LIMITS = Limits(cpu=1.5, idle=2, memory=300, processes=12)
 
 
 def cell(kind, source):
@@ -67,7 +67,7 @@ CHEATS = {
     'disk': ('def double(x):\n    for i in range(99): open(str(i), "wb").write(bytes(10**7))\n    return 2*x', 'OSError'),
     'calls': ('import socket\ndef double(x):\n    socket.create_connection(("1.1.1.1", 53), 2)\n    return 2*x', 'OSError'),
     'reads': ('import glob\ndef double(x):\n    text = "".join(open(f).read() for f in glob.glob(LABS + "/*.ipynb"))\n'
-              '    exec(text.split("BEGIN SOLUTION")[1])', 'NameError'),
+              '    exec(text.split("BEGIN SOLUTION")[1])', 'IndexError'),
     'equals': (LIAR + 'def double(x): return Liar(3)', ELSEWHERE),
     'knows': ('def double(x): return 4 if isinstance(x, int) else 0*x', ELSEWHERE),
     'peeks': ('import sys\ndef double(x):\n    f = sys._getframe(1).f_globals\n    print("peeked", f.get("SECRET"))\n    f["SECRET"] = 0\n'
@@ -196,12 +196,12 @@ from pathlib import Path
 from pcam_tp.grading import grade
 from pcam_tp.sandbox import Limits
 inbox, out, labs, secret = sys.argv[1:]
-grade(Path(inbox), Path(out), secret, labs=Path(labs), jobs=1, limits=Limits(cpu=2, wall=10))
+grade(Path(inbox), Path(out), secret, labs=Path(labs), jobs=1, limits=Limits(cpu=3))
 '''
 
 
 def test_a_killed_run_goes_on(course, tmp_path):
-    "SIGKILL to the whole process group at three moments; the tables are those of an undisturbed run, and nothing is left running."
+    "SIGKILL to the whole process group at two moments; the tables are those of an undisturbed run."
     folder, table = course
     names = ['honest', 'knows', 'exits', 'turned']
     for name in names:
@@ -210,7 +210,7 @@ def test_a_killed_run_goes_on(course, tmp_path):
     env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
     result = lambda: len([*(out/'results').rglob('[!.]*.json')])
     booked = lambda: len([*(out/'gradebook'/'done'/'small').glob('*.txt')])
-    for reached in (lambda: result() >= 1, lambda: result() >= 3, lambda: booked() >= 2):
+    for reached in (lambda: result() >= 2, lambda: booked() >= 2):
         p = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not reached() and p.poll() is None: time.sleep(.005)
         assert p.poll() is None, 'the run ended before it could be killed'

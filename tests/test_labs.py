@@ -99,9 +99,6 @@ def without_data(lab, names):
 each_lab = pytest.mark.parametrize('number', [n for n in LABS if n in course()])
 
 
-graded = pytest.mark.parametrize('number', [n for n in LABS if n in course() and 'SECRET' in course()[n].read_text()])
-
-
 def test_all_labs_are_there(): assert not set(LABS) - set(course())
 
 
@@ -172,7 +169,7 @@ def test_teachers_are_told_the_points():
     assert told == found and f'({sum(found.values())} over eight labs)' in text
 
 
-@graded
+@each_lab
 def test_a_check_helps_and_a_hidden_one_decides(number):
     "Its visible part stands in `trying`, so that it stops nobody; the hidden part draws from SECRET and ends in `values`."
     lab = cells(course()[number])
@@ -186,7 +183,7 @@ def test_a_check_helps_and_a_hidden_one_decides(number):
         assert re.search(r'^values = ', hidden, re.M), f'{name}: the hidden part ends in no "values = …"'
 
 
-@graded
+@each_lab
 def test_nothing_rests_on_a_check(number):
     "A student's copy has no hidden part, and its visible part may have broken off."
     lab = cells(course()[number])
@@ -196,7 +193,7 @@ def test_nothing_rests_on_a_check(number):
             pytest.fail(f'cell {c.number} uses {found}, which the check of {name} makes or overwrites')
 
 
-@graded
+@each_lab
 def test_an_exercise_needs_no_data(number):
     "It is graded without data, network or GPU: all that it needs are imports and definitions."
     lab = cells(course()[number])

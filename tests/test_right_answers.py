@@ -7,8 +7,6 @@ import nbformat
 import pytest
 
 from conftest import NOTEBOOKS
-
-classroom = pytest.importorskip('pcam_tp.classroom')
 from pcam_tp.classroom import Trial, answered, imports_of, wrong_answers
 
 HERE = Path(__file__).parent

@@ -1,3 +1,4 @@
+# Plausible wrong answers of 05_occlusion; the form is described in nbs/tools/02_classroom.ipynb.
 # %% occlusion-repair
 # the remaining score, not the drop
     total, count = torch.zeros(image.shape[1:]), torch.zeros(image.shape[1:])

@@ -1,3 +1,4 @@
+# Plausible wrong answers of 06_integrated_gradients; the form is described in nbs/tools/02_classroom.ipynb.
 # %% path-integral
 # right ends of the steps, not their middles
     points = [(k + 1)/n for k in range(n)]

@@ -1,3 +1,4 @@
+# Plausible wrong answers of 07_lime; the form is described in nbs/tools/02_classroom.ipynb.
 # %% lime-kernel
 # as published: the similarity goes in as a distance
     d = np.sqrt(masks.mean(1))

@@ -1,3 +1,4 @@
+# Plausible wrong answers of 09_faithfulness; the form is described in nbs/tools/02_classroom.ipynb.
 # %% deletion-repair
 # the area above the curve, as published
     mix = torch.randperm(m.numel(), generator=torch.Generator().manual_seed(seed))
@@ -22,6 +23,17 @@
 # %% deletion-repair
 # ties in the order of rows
     order = m.flatten().argsort(descending=True, stable=True)
+    hidden = image.clone()
+    scores = [f(hidden[None]).item()]
+    for hide in order.chunk(steps):
+        hidden.view(3, -1)[:, hide] = colour
+        scores.append(f(hidden[None]).item())
+    return torch.trapezoid(torch.tensor(scores), dx=1/(len(scores) - 1)).item()
+
+# %% deletion-repair
+# ties drawn, but not with the seed
+    mix = torch.randperm(m.numel())
+    order = mix[m.flatten().cpu()[mix].argsort(descending=True, stable=True)]
     hidden = image.clone()
     scores = [f(hidden[None]).item()]
     for hide in order.chunk(steps):
@@ -66,7 +78,8 @@
 # %% share-axis
 # the share that is still visible
     shares = torch.stack([(m < t).float().mean() for t in thresholds])
-    return torch.trapezoid(torch.cat([scores, torch.tensor([float(before)])]), torch.cat([1 - shares, torch.zeros(1)])).item()
+    x, y = torch.cat([1 - shares, torch.zeros(1)]), torch.cat([scores, torch.tensor([float(before)])])
+    return torch.trapezoid(y, x).item()
 
 # %% srg-chance
 # the insertion curve is not turned round
