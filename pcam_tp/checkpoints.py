@@ -43,12 +43,14 @@ def _grids(model, x):
     sizes = {n: _alive(model, n, a, g, x) for (n, a), g in zip(kept.items(), grads) if n not in again}
     return {n: size for n, size in sizes.items() if size}
 
+# %% ../nbs/foundation/17_checkpoints.ipynb #9e99e3f8
 def _is_new(m, inputs, out):
     "May a map be made of what this module gives? Not of pools, attention, repetitions, tokens without a norm."
     if not torch.is_tensor(out) or not out.requires_grad or re.search('Pool|Softmax', type(m).__name__): return False
     if out.ndim == 3 and 'Norm' not in type(m).__name__: return False
     return not any(torch.is_tensor(i) and i.data_ptr() == out.data_ptr() for i in inputs)
 
+# %% ../nbs/foundation/17_checkpoints.ipynb #33438df7
 def _alive(model, name, a, g, x):
     "Height and width of the grid, and whether it was tokens; None if it is no grid, or most of it is not read."
     try: read = g is not None and (model.grid(g, name, x.shape) != 0).any(1).any(0)
@@ -134,7 +136,7 @@ def _warn_of_two_normalisations(net, mean):
     "A network that keeps a mean of three colours normalises inside."
     own = [n for n, b in net.named_buffers() if n.split('.')[-1] in ('mean', 'pixel_mean') and b.numel() == 3]
     if own and any(mean):
-        warnings.warn(f'the network keeps its own {own[0]}: if it normalises inside, it is mean=(0, 0, 0), std=(1, 1, 1) '
+        warnings.warn(f'the network keeps its own {own[0]}: if it normalises inside, mean=(0, 0, 0), std=(1, 1, 1) '
                       'here', stacklevel=4)
 
 # %% ../nbs/foundation/17_checkpoints.ipynb #c8d3af5f
@@ -157,6 +159,7 @@ def _folder(source):
                                     'model.save_pretrained(folder) and processor.save_pretrained(folder)')
     return folder
 
+# %% ../nbs/foundation/17_checkpoints.ipynb #12d6f63e
 def _fetched(name):
     "The folder of a name of the Hub, from the cache or the internet."
     hub = _library('huggingface_hub')

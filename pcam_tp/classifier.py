@@ -186,8 +186,7 @@ class Classifier(nn.Module):
         self.net, self.crop, self.size, self.output, self.classes = net, crop, size, output, tuple(classes or ())
         if crop and isinstance(size, Resize): raise ValueError(f'crop is {crop}: say it in size, {size}')
         self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
-        self.reshape = dict(layers) if isinstance(layers, dict) else {}
-        self.head, self.card = None, {}   # the part that `freeze` leaves free; how it was built and trained
+        self.reshape, self.head, self.card = dict(layers) if isinstance(layers, dict) else {}, None, {}   # see `build`
         self.layout, self.needs_tape, self.seen = torch.channels_last, False, False   # found out by use
         like = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
         for name, v, low in (('mean', mean, 0), ('std', std, 1e-6)):
@@ -242,6 +241,7 @@ def _cut_and_resize(self:Classifier, x):
     if not self.size: return x
     return F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True, align_corners=False)
 
+# %% ../nbs/foundation/11_classifier.ipynb #cea9636f
 @patch
 def forward(self:Classifier, x):
     z = as_logits(self._ask_network(self.preprocess(x)), len(x), self.output)

@@ -634,7 +634,8 @@ def release(
     names, contents, rows = zip(*(_released(p, to, folder, assets) for p in chosen))
     table = pd.DataFrame(rows)
     _put(dict(zip(names, contents)) | {'README.md': _read_me(table, to, folder).encode()}, out)
-    print(f'{len(names)} notebook{"s"*(len(names) > 1)} in {out.name}/; badges open {to.owner}/{to.name}, branch {to.branch}, folder "{folder}"')
+    print(f'{len(names)} notebook{"s"*(len(names) > 1)} in {out.name}/; '
+          f'badges open {to.owner}/{to.name}, branch {to.branch}, folder "{folder}"')
     return table
 
 # %% ../nbs/tools/02_classroom.ipynb #9181885d

@@ -574,7 +574,7 @@ def _check(
 
 # %% ../nbs/tools/09_cli.ipynb #bc7ac3aa
 @command(course, examples="""course grade inbox --out graded --secret-file ~/class-2027.secret
-                             course grade inbox --out graded --secret-file ~/class-2027.secret --hand graded/hand.csv""")
+                             course grade inbox --out graded --secret-file ~/class.secret --hand graded/hand.csv""")
 def _grade(
     inbox:Annotated[Path, Argument(help='Folder of submissions: STUDENT/LAB.ipynb, STUDENT_LAB.ipynb, or zips.')],
     out:Annotated[Path, Option(help='Folder to write; a run that was cut goes on from it.')],
