@@ -124,6 +124,8 @@ def test_a_release_is_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ['labs']
+    classroom.release(out, 'eve', 'class', nbs=NBS)   # the former release makes room for the next
+    assert 'github/eve/class' in (out/'README.md').read_text(encoding='utf-8')
     (tmp_path/'file').write_text('')
     for other in (tmp_path/'file', ROOT/'tests', tmp_path):
         with pytest.raises(ValueError, match='no release wrote|a file'): classroom.release(other, 'ada', 'class', nbs=NBS)

@@ -128,9 +128,8 @@ def test_ctrl_c_and_again(place, tmp_path):
 
 
 def launch(place, *line, n=2):
-    "Start the command in n processes, as `accelerate launch` does."
-    many = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', n, '--num_machines', 1, '--mixed_precision', 'no',
-            '--dynamo_backend', 'no', '--main_process_port', 0, '-m', 'pcam_tp.cli', *line]
+    "Start the command in n processes; `accelerate launch` starts one on a processor, torchrun as many as it is told."
+    many = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', n, '-m', 'pcam_tp.cli', *line]
     return subprocess.Popen([*map(str, many)], cwd=ROOT, env=environment(place), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 

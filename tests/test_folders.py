@@ -54,6 +54,7 @@ FORMATS = {
     'grey.png': (Image.fromarray(GREY), {}, np.stack([GREY]*3, -1), 'grey'),
     'deep.png': (DEEP, {}, np.stack([GREY]*3, -1), 'deep'),
     'deep.tif': (DEEP, {}, np.stack([GREY]*3, -1), 'deep'),
+    'dim.png': (Image.fromarray((GREY//4).astype('uint16')*257), {}, np.stack([GREY//4]*3, -1), 'deep'),
     'float.tif': (Image.fromarray((GREY/255).astype('float32')), {}, np.stack([GREY]*3, -1), 'deep'),
     'bits.png': (Image.fromarray(GREY).point(lambda v: 255*(v > 99)).convert('1'), {}, np.stack([255*(GREY > 99)]*3, -1), 'grey'),
     'palette.png': (Image.fromarray(GREY).convert('P'), {}, np.stack([GREY]*3, -1), 'palette'),
