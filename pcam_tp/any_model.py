@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS_SHOWN', 'top_classes', 'class_maps', 'depth_maps', 'map_numbers', 'analyse_folder', 'reading_guide']
 
-# %% ../nbs/14_any_model.ipynb #2510fab5
+# %% ../nbs/14_any_model.ipynb #8d7ba518
 import hashlib, json
 from itertools import groupby
 from pathlib import Path
@@ -26,12 +26,12 @@ from .methods import choose
 from .plots import as_images, overlay
 from .questions import answers
 
-# %% ../nbs/14_any_model.ipynb #387fbcf4
+# %% ../nbs/14_any_model.ipynb #7263f24d
 def top_classes(
     prob, # probabilities (N, K)
     names, # of the K classes
     k:int=3 # how many
-) -> list: # N texts, 'tumour .92, ink .05, normal .03'
+) -> list: # N texts, 'ink .92, plain .05, edge .03'
     "The most probable classes of each image, the first one first."
     prob = torch.as_tensor(prob)
     if prob.ndim != 2 or prob.shape[1] != len(names):
@@ -41,7 +41,7 @@ def top_classes(
     return [', '.join(f'{names[c]} {number(p)}' for p, c in zip(ps, cs))
             for ps, cs in zip(best.values.tolist(), best.indices.tolist())]
 
-# %% ../nbs/14_any_model.ipynb #32153190
+# %% ../nbs/14_any_model.ipynb #5e41f151
 def class_maps(
     model:Classifier,
     x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
@@ -62,7 +62,7 @@ def _class_number(c, names):
     if c in range(len(names)): return int(c)
     raise ValueError(f'class {c!r}: expected one of {", ".join(names)}, or a number below {len(names)}')
 
-# %% ../nbs/14_any_model.ipynb #6b867a7c
+# %% ../nbs/14_any_model.ipynb #1557b0fe
 def depth_maps(
     model:Classifier,
     x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
@@ -79,7 +79,7 @@ def depth_maps(
     at = lambda layer: {k: e.using(layer=layer) for k, e in chosen.items()}
     return {l: {k: m for k, (m, _) in answers(at(l), model, x, target, **options).items()} for l in layers}
 
-# %% ../nbs/14_any_model.ipynb #794d9b6b
+# %% ../nbs/14_any_model.ipynb #61dfabab
 def map_numbers(
     maps, # (N, H, W), raw
     twins=None # maps of the same images by the untrained network
@@ -93,9 +93,9 @@ def map_numbers(
     at = lambda axis: (torch.arange(v.shape[axis]) + .5)/v.shape[axis]
     row, column = (v.sum(2)*at(1)).sum(1)/total, (v.sum(1)*at(2)).sum(1)/total
     out = dict(half=half.where(total > 0, torch.nan), row=row, column=column)
-    return out if twins is None else out | dict(untrained=rank_correlation(maps, twins).double())
+    return out if twins is None else out | dict(untrained=torch.from_numpy(rank_correlation(maps, twins)))
 
-# %% ../nbs/14_any_model.ipynb #b857e7c9
+# %% ../nbs/14_any_model.ipynb #a60c5b6c
 METHODS_SHOWN = 'gradcam', 'gradcam_pp', 'layercam'
 _UNREADABLE = OSError, ValueError, RuntimeError   # of a file, or of a shape that the network refuses
 
@@ -103,7 +103,6 @@ class _Analysis:
     "What is the same for all images of a folder."
     def __init__(self, model, root, out, methods, size, options):
         self.model, self.root, self.out, self.size, self.options = model, Path(root), Path(out), size, options
-        predict(model, torch.rand(1, 3, size or model.size or 96, size or model.size or 96))
         self.methods = choose(methods, model)
         settings = {k: [e.__name__, *map(str, sorted(e.settings.items()))] for k, e in self.methods.items()}
         weights = hashlib.sha256(b''.join(v.detach().cpu().numpy().tobytes() for v in model.state_dict().values()))
@@ -112,7 +111,7 @@ class _Analysis:
     def folder(self, path): return self.out/path.relative_to(self.root)   # with the extension: a.png and a.jpg differ
     def label(self, path): return path.parent.name if path.parent.name in self.model.classes else None
 
-# %% ../nbs/14_any_model.ipynb #eb27ac7a
+# %% ../nbs/14_any_model.ipynb #96388647
 @patch
 def done(self:_Analysis, path):
     "The row of an image that an earlier run with the same network and methods has finished, or None."
@@ -136,7 +135,7 @@ def row(self:_Analysis, path, prob, numbers):
                 top=top_classes(prob[None], names)[0], **{f'p_{c}': float(p) for c, p in zip(names, prob)},
                 **numbers, error=None)
 
-# %% ../nbs/14_any_model.ipynb #04045d9f
+# %% ../nbs/14_any_model.ipynb #852ddaa1
 @patch
 def write(self:_Analysis, path, x, maps, row):
     "The folder of one image; the JSON comes last, and says that the rest is there."
@@ -154,7 +153,7 @@ def write(self:_Analysis, path, x, maps, row):
 def _save_png(path, a):
     with atomic(path) as tmp: PIL.Image.fromarray((255*np.clip(a, 0, 1)).round().astype('uint8')).save(tmp)
 
-# %% ../nbs/14_any_model.ipynb #d70ce70a
+# %% ../nbs/14_any_model.ipynb #5e82ed31
 @patch
 def rows(self:_Analysis, paths):
     "Rows of some images, in order."
@@ -183,9 +182,9 @@ def asked(self:_Analysis, paths, read):
 @patch
 def failed(self:_Analysis, path, e):
     "The line of an image without a result."
-    return dict(image=str(path.relative_to(self.root)), label=self.label(path), error=f'{type(e).__name__}: {e}')
+    return dict(image=str(path.relative_to(self.root)), error=f'{type(e).__name__}: {e}')
 
-# %% ../nbs/14_any_model.ipynb #dc474fd4
+# %% ../nbs/14_any_model.ipynb #da9872f7
 def analyse_folder(
     model:Classifier,
     root:Path, # of images, in any folders below it; those called like classes give the true label
@@ -205,12 +204,14 @@ def analyse_folder(
         for i in range(0, len(paths), step):
             rows += job.rows(paths[i:i + step])
             bar.update(len(paths[i:i + step]))
-    table = pd.DataFrame(rows)
+    labels = [job.label(p) for p in paths]   # of those that failed, too
+    rows = [r | dict(label=k) for r, k in zip(rows, labels)]
+    table = pd.DataFrame(rows, columns=[*max(rows, key=len)])
     with atomic(job.out/'summary.csv') as tmp: table.to_csv(tmp, index=False)
     if bad := int(table.error.notna().sum()): print(f'{bad} of {len(table)} images failed: their rows say why (column error)')
     return table
 
-# %% ../nbs/14_any_model.ipynb #4beab983
+# %% ../nbs/14_any_model.ipynb #2aae9d69
 _TESTS = ('"The maps show what was learned." Look above: as alike as an untrained network\'s? Notebook 12 goes on.',
           '"The marked place matters to the network." Hide it, and a random place of the same size (09, 10).',
           '"The network looks at *structure X*." Draw the image again without X (10), or mark X first and look then.',
