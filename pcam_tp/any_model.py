@@ -85,7 +85,7 @@ def map_numbers(
     twins=None # maps of the same images by the untrained network
 ) -> dict: # name → (N,) float64; NaN where a map has no positive value
     """What can be sorted by: 'half', the smallest share of the image that holds half of the positive values; 'row' and
-    'column' of their centre, 0 to 1 from the top left; 'untrained', rank correlation with the untrained network's map."""
+    'column' of their centre, 0 to 1 from the top left; 'untrained', rank correlation with the untrained twin's map."""
     v = as_maps(maps).double().clamp(min=0)
     total, flat = v.sum((1, 2)), v.flatten(1)
     reached = flat.sort(1, descending=True).values.cumsum(1) < total[:, None]/2
@@ -148,7 +148,8 @@ def write(self:_Analysis, path, x, maps, row):
         for k, m in maps.items(): f[k] = m.numpy()
         f.attrs.update(target=row['predicted'], score=self.options.get('score', 'log_odds'), key=self.key)
     key = [self.key, path.stat().st_size, path.stat().st_mtime_ns]
-    with atomic(folder/'result.json') as tmp: tmp.write_text(json.dumps(dict(key=key, row=row), indent=1), encoding='utf-8')
+    text = json.dumps(dict(key=key, row=row), indent=1)
+    with atomic(folder/'result.json') as tmp: tmp.write_text(text, encoding='utf-8')
 
 def _save_png(path, a):
     with atomic(path) as tmp: PIL.Image.fromarray((255*np.clip(a, 0, 1)).round().astype('uint8')).save(tmp)
@@ -179,10 +180,20 @@ def asked(self:_Analysis, paths, read):
         self.write(p, x[i:i + 1], {k: maps[k][i] for k in self.methods}, out[p])
     return out
 
+# %% ../nbs/14_any_model.ipynb #a34a3bbc
 @patch
 def failed(self:_Analysis, path, e):
     "The line of an image without a result."
-    return dict(image=str(path.relative_to(self.root)), error=f'{type(e).__name__}: {e}')
+    reason = str(e).replace(str(path), path.name)
+    return dict(image=str(path.relative_to(self.root)), error=f'{type(e).__name__}: {reason}')
+
+@patch
+def paths(self:_Analysis):
+    "The images below the folder, in the order of their names, without what an earlier run wrote."
+    found = sorted(p for p in self.root.rglob('*') if p.suffix.lower() in IMAGES and p.is_file())
+    found = [p for p in found if self.out not in p.parents]
+    if not found: raise FileNotFoundError(f'{self.root} holds no image: expected files with {", ".join(sorted(IMAGES))}')
+    return found
 
 # %% ../nbs/14_any_model.ipynb #da9872f7
 def analyse_folder(
@@ -197,9 +208,7 @@ def analyse_folder(
     """Prediction, maps and pictures of every image. Files that fail have a row with the reason in `error`, and are
     counted aloud. What an earlier run has finished is kept. `FileNotFoundError` where there is no image."""
     job = _Analysis(model, root, out, methods, size, options)
-    paths = sorted(p for p in job.root.rglob('*') if p.suffix.lower() in IMAGES and p.is_file() and job.out not in p.parents)
-    if not paths: raise FileNotFoundError(f'{root} holds no image: expected files that end in {", ".join(sorted(IMAGES))}')
-    paths, rows, step = paths[:most], [], options.get('batch_size') or min(32, best_batch_size(model.device))
+    paths, rows, step = job.paths()[:most], [], options.get('batch_size') or min(32, best_batch_size(model.device))
     with progress(total=len(paths), desc='analysing', unit='image') as bar:
         for i in range(0, len(paths), step):
             rows += job.rows(paths[i:i + step])
@@ -208,7 +217,8 @@ def analyse_folder(
     rows = [r | dict(label=k) for r, k in zip(rows, labels)]
     table = pd.DataFrame(rows, columns=[*max(rows, key=len)])
     with atomic(job.out/'summary.csv') as tmp: table.to_csv(tmp, index=False)
-    if bad := int(table.error.notna().sum()): print(f'{bad} of {len(table)} images failed: their rows say why (column error)')
+    bad = int(table.error.notna().sum())
+    if bad: print(f'{bad} of {len(table)} images failed: their rows say why (column error)')
     return table
 
 # %% ../nbs/14_any_model.ipynb #2aae9d69
@@ -225,13 +235,14 @@ def reading_guide(
     ok = table[table.error.isna()]
     method = method or next((c.removesuffix('_half') for c in table if c.endswith('_half')), None)
     if f'{method}_half' not in table: raise ValueError(f'method {method!r}: the table has no column {method}_half')
-    parts = [_seen(k, part, ok, method) for k, part in ok.groupby('predicted', sort=False)]
+    parts = [_seen(k, part, method) for k, part in ok.groupby('predicted', sort=False)]
     lost = len(table) - len(ok)
     head = f'{len(ok)} images, maps by {method}' + f'; {lost} could not be read'*bool(lost)
     tests = '\n'.join(f'* {t}' for t in _TESTS)
     return '\n\n'.join([f'**{head}.**', *parts, f'**Believed**, until tested:\n\n{tests}\n\nNot for diagnosis.'])
 
-def _seen(k, part, table, method):
+# %% ../nbs/14_any_model.ipynb #f7fdae0b
+def _seen(k, part, method):
     "What the table says of the images that were called `k`."
     known = part[part.label.notna()]
     of = lambda c: part[f'{method}_{c}'].dropna()
