@@ -180,7 +180,7 @@ def asked(self:_Analysis, paths, read):
         self.write(p, x[i:i + 1], {k: maps[k][i] for k in self.methods}, out[p])
     return out
 
-# %% ../nbs/14_any_model.ipynb #a34a3bbc
+# %% ../nbs/14_any_model.ipynb #0dd8ddae
 @patch
 def failed(self:_Analysis, path, e):
     "The line of an image without a result."
@@ -192,7 +192,7 @@ def paths(self:_Analysis):
     "The images below the folder, in the order of their names, without what an earlier run wrote."
     found = sorted(p for p in self.root.rglob('*') if p.suffix.lower() in IMAGES and p.is_file())
     found = [p for p in found if self.out not in p.parents]
-    if not found: raise FileNotFoundError(f'{self.root} holds no image: expected files with {", ".join(sorted(IMAGES))}')
+    if not found: raise FileNotFoundError(f'{self.root} holds no image: expected some of {", ".join(sorted(IMAGES))}')
     return found
 
 # %% ../nbs/14_any_model.ipynb #da9872f7
@@ -241,7 +241,7 @@ def reading_guide(
     tests = '\n'.join(f'* {t}' for t in _TESTS)
     return '\n\n'.join([f'**{head}.**', *parts, f'**Believed**, until tested:\n\n{tests}\n\nNot for diagnosis.'])
 
-# %% ../nbs/14_any_model.ipynb #f7fdae0b
+# %% ../nbs/14_any_model.ipynb #5bc7d960
 def _seen(k, part, method):
     "What the table says of the images that were called `k`."
     known = part[part.label.notna()]
