@@ -205,7 +205,7 @@ def _sums(v, by):
     return np.bincount(codes, np.nan_to_num(v), codes.max() + 1)
 
 # %% ../nbs/13_leaderboard.ipynb #c6fe9bf8
-DECIDE = 'untrained', 'other'   # the controls that a better method is better than
+DECIDE = 'untrained', 'other'   # a better method is better than these, and loses neither to dice nor to chance
 
 def _metric_rows(values, m, fixed, by, seed, decide=DECIDE):
     "Rows of one metric in one group of patches."
@@ -222,19 +222,21 @@ def _metric_rows(values, m, fixed, by, seed, decide=DECIDE):
     table = pd.DataFrame(rows).reindex(columns=_COLUMNS)
     ranked = (table.control == 'none') & ~table.method.isin(fixed) & (m.higher is not None)
     table['rank'] = (-sign*table['mean']).where(ranked).rank(method='min')
-    return _tested(table, rows, np.array(sums).T, seed, decide)
+    beyond = True if m.chance is None else sign*(table['mean'] - m.chance) > 0
+    return _tested(table, rows, np.array(sums).T, seed, decide, beyond)
 
 _COLUMNS = ['method', 'control', 'patches', 'n', 'mean', 'lo', 'hi', 'difference', 'difference_lo', 'difference_hi']
 
 # %% ../nbs/13_leaderboard.ipynb #b14cb37a
-def _tested(table, rows, sums, seed, decide):
-    "The table with p, Holm's p, and whether the method is better than a control; in its own row, than all that decide."
+def _tested(table, rows, sums, seed, decide, beyond):
+    "The table with p, Holm's p, and whether the method is better than a control; in its own row, see `DECIDE`."
     p = _flips(sums, seed=seed) if sums.size else []
     table['p'] = [p[r['of']] if 'of' in r and r['n'] > 1 else np.nan for r in rows]
     table['p_holm'] = holm(table.p)
-    better = (table.p_holm < .05) & (table.difference > 0)
-    asked = table.control.isin(decide)
+    clear, asked = table.p_holm < .05, table.control.isin(decide)
+    better, loses = clear & (table.difference > 0), clear & (table.difference < 0) & (table.control == 'random')
     all_of = (better | ~asked).groupby(table.method).transform('all') & asked.groupby(table.method).transform('any')
+    all_of &= beyond & ~loses.groupby(table.method).transform('any')
     table['better'] = better.where(table.difference.notna(), all_of.where(table.control == 'none', False))
     return table
 
@@ -464,7 +466,7 @@ def save_leaderboard(
     folder = Path(folder or home('figures', run_name()))
     save_table(table, name, folder)
     heads = [f'**{m}**: {way}, {score}' for m, way, score in _directions(table)]
-    note = 'Mean [95 % interval] #rank; * better than each control that decides: untrained and other (Holm).'
+    note = 'Mean [95 % interval] #rank; * better than untrained and other (Holm), and not worse than random or chance.'
     text = f'{as_markdown(board_summary(table))}\n{note}\n'
     with atomic(folder/f'{name}.md') as tmp: tmp.write_text(f'{text}\n{" · ".join(heads)}\n', encoding='utf-8')
     alt = 'A panel for each metric: methods with intervals, beside their controls in grey.'

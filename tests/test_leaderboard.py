@@ -1,4 +1,6 @@
 "The leaderboard: known winners, directions, who gets a rank, what is kept; the certificate: who fails what."
+from types import SimpleNamespace
+
 import captum.attr
 import numpy as np
 import pandas as pd
@@ -472,3 +474,16 @@ def test_an_explainer_that_spoils_its_images_spoils_nobody_elses(network):
 def test_far_is_far_in_both_directions():
     one = torch.ones(2, 4, 4)
     assert board._far(0*one, one) == board._far(2*one, one) == 1 and board._far(one, one) == 0
+
+
+@pytest.mark.parametrize('m, sign', [(PANEL['insertion'], 1), (PANEL['deletion'], -1)], ids=['higher', 'lower'])
+def test_better_is_no_worse_than_dice(m, sign):
+    "Above an untrained network that is worse still, but below random numbers, or below chance: not better."
+    own = np.random.default_rng(0).normal(size=N)
+    def table(random, m=m):
+        values = {'a': own} | {f'a, {c}': own - sign*(1 + .1*own) for c in CONTROL_KINDS} | {'a, random': own - sign*random}
+        return board._metric_rows(values, m, set(), None, 0).set_index('control').better
+    assert table(1 + .1*own)['none'] and table(.01*own)['none'] and not table(-1 + .1*own)['none']
+    assert not table(-1 + .1*own)['random'] and table(-1 + .1*own)['untrained']
+    for chance, better in ((own.mean() - sign, True), (own.mean() + sign, False)):
+        assert table(1 + .1*own, SimpleNamespace(higher=m.higher, chance=chance))['none'] == better
