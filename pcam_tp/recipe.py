@@ -60,7 +60,6 @@ def _found_or_trained(name, splits, recipe, label, device):
     model.card['folder'] = str(folder)
     return model
 
-# %% ../nbs/02_training.ipynb #07fff904
 def _what_counts(recipe):
     "What of a recipe shapes the network: a file of weights by its content, and not who reads ahead."
     options, first = dict(recipe['options']), recipe['options'].get('pretrained')
