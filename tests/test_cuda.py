@@ -24,8 +24,8 @@ def asks(file):
     used = {(n.module or '').removeprefix('pcam_tp.') for n in tops if isinstance(n, ast.ImportFrom)} & {*MODULES}
     return any(m == 'classifier' or 'classifier' in imports(m) for m in used)
 
-# These compare with weights and files that are on the processor.
-ON_THE_PROCESSOR = {'test_models.py', 'test_training.py'}
+# These compare with weights, files and processes that are on the processor.
+ON_THE_PROCESSOR = {'test_models.py', 'test_training.py', 'test_checkpoints.py', 'test_cli.py'}
 ASKING = [p.name for p in sorted(TESTS.glob('test_*.py')) if asks(p) and p.name not in ON_THE_PROCESSOR]
 
 
