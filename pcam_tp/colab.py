@@ -6,7 +6,7 @@
 __all__ = ['Repository', 'repository', 'point_at', 'badges', 'on_colab']
 
 # %% ../nbs/tools/01_colab.ipynb #630dcd3a
-import re, shutil
+import json, re, shutil
 from configparser import ConfigParser
 from functools import partial
 from pathlib import Path
@@ -140,8 +140,8 @@ def badges(
     now = repository(folder)
     to = _checked(Repository(owner or now.owner, repo or now.name, branch or now.branch))
     texts = {f: f.read_text(encoding='utf-8') for f in _texts(folder)}
-    books = [t for f, t in texts.items() if f.suffix == '.ipynb' and f.parent.relative_to(folder).parts[:1] == ('nbs',)]
-    old = {now[:2]}.union(*(_named(t, [_PIP]) for t in books))
+    books = [json.loads(t) for f, t in texts.items() if f.suffix == '.ipynb' and f.relative_to(folder).parts[0] == 'nbs']
+    old = {now[:2]}.union(*(_named(''.join(c['source']), [_PIP]) for nb in books for c in nb['cells']))
     changed = {}
     for f, text in texts.items():
         new = _renamed(f, text, old, to, assets)
