@@ -140,7 +140,8 @@ def badges(
     now = repository(folder)
     to = _checked(Repository(owner or now.owner, repo or now.name, branch or now.branch))
     texts = {f: f.read_text(encoding='utf-8') for f in _texts(folder)}
-    books = [json.loads(t) for f, t in texts.items() if f.suffix == '.ipynb' and f.relative_to(folder).parts[0] == 'nbs']
+    books = [json.loads(t) for f, t in texts.items()
+             if f.suffix == '.ipynb' and f.relative_to(folder).parts[0] == 'nbs']
     old = {now[:2]}.union(*(_named(''.join(c['source']), [_PIP]) for nb in books for c in nb['cells']))
     changed = {}
     for f, text in texts.items():

@@ -119,7 +119,7 @@ def _play(cells, left, say, wait, limits):
 
 # %% ../nbs/tools/02b_sandbox.ipynb #834dfe15
 _NEW = dict(user=0x10000000, mounts=0x20000, processes=0x20000000, network=0x40000000, ipc=0x8000000, names=0x4000000)
-_NOSUID, _NODEV, _REC, _PRIVATE = 2, 4, 1 << 14, 1 << 18   # flags of mount(2)
+_NOSUID, _NODEV, _BOUND, _REC, _PRIVATE = 2, 4, 1 << 12, 1 << 14, 1 << 18   # flags of mount(2)
 
 def _call(function, *args):
     "A function of the C library; `OSError` where it refuses."
@@ -128,6 +128,12 @@ def _call(function, *args):
         raise OSError(n, f'{function}: {os.strerror(n)}')
 
 # %% ../nbs/tools/02b_sandbox.ipynb #5027d9ba
+def _bind(folder, source):
+    "Show the open folder `source` under its name again; read-only, as it was."
+    os.makedirs(folder, exist_ok=True)
+    _call('mount', f'/proc/self/fd/{source}'.encode(), folder.encode(), None, _BOUND | _REC, None)
+    os.close(source)
+
 def _seal(disk):
     "New namespaces for this process and its children: the caller comes back as the first process of a world."
     uid, gid = os.getuid(), os.getgid()
@@ -137,9 +143,13 @@ def _seal(disk):
     Path('/proc/self/gid_map').write_text(f'1000 {gid} 1')
     _call('mount', None, b'/', None, _REC | _PRIVATE, None)
     processor = Path('/proc/cpuinfo').read_text()
+    mounts = Path('/proc/self/mounts').read_text().splitlines()
+    places = [m.split()[1].replace(r'\040', ' ') for m in mounts]
+    below = {p: os.open(p, os.O_PATH) for p in places if p.startswith('/tmp/')}   # Python, if it lies there
     for place, size in (b'/tmp', disk), (b'/dev/shm', disk), (b'/proc', 0):
         if os.path.isdir(place):
             _call('mount', b'tmpfs', place, b'tmpfs', _NOSUID | _NODEV, f'size={size or 1}m'.encode())
+        while below: _bind(*below.popitem())   # while /proc still names what is open
     Path('/proc/cpuinfo').write_text(processor)   # libraries ask for it
     first = os.fork()
     if first: os._exit(min(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) & 255, 255))
@@ -386,20 +396,22 @@ def _bubblewrap(hidden):
     "The command line of bubblewrap before that of the server."
     args = ['bwrap', '--unshare-all', '--unshare-user', '--die-with-parent', '--new-session', '--clearenv']
     for k, v in _SETTINGS.items(): args += ['--setenv', k, v]
+    args += ['--tmpfs', '/tmp']   # before the rest: Python itself may lie below
     for p in _places(): args += ['--ro-bind', p, p]
     args += ['--ro-bind', _library(), '/grader/pcam_tp']
     for h in hidden: args += ['--tmpfs', h]
-    return args + '--proc /proc --dev /dev --remount-ro /dev --tmpfs /tmp --remount-ro / --chdir /tmp'.split()
+    return args + '--proc /proc --dev /dev --remount-ro /dev --remount-ro / --chdir /tmp'.split()
 
 # %% ../nbs/tools/02b_sandbox.ipynb #d29cc51e
 _BUILD = r'''set -e
 new=$(mktemp -d); mount --make-rprivate /; mount -t tmpfs none "$new"; cd "$new"
+mkdir tmp; mount -t tmpfs none tmp   # before the rest: Python itself may lie below
 bind() { if [ -d "$1" ]; then mkdir -p ".$2"; else mkdir -p ".$(dirname "$2")"; : > ".$2"; fi
          mount --rbind "$1" ".$2"
          mount -o remount,bind,ro,nosuid,nodev ".$2" 2>/dev/null || mount -o remount,bind,ro ".$2"; }
 while [ "$1" != -- ]; do bind "$1" "$2"; shift 2; done; shift
 while [ "$1" != -- ]; do mount -t tmpfs -o size=1m none ".$1"; shift; done; shift
-mkdir -p proc dev tmp .old; mount -t proc proc proc; mount -t tmpfs none tmp
+mkdir -p proc dev .old; mount -t proc proc proc
 for d in null zero random urandom; do : > dev/$d; mount --bind /dev/$d dev/$d; done; mkdir dev/shm
 pivot_root . .old; umount -l /.old; rmdir /.old
 mount -o remount,ro,bind / 2>/dev/null || mount -o remount,ro /; cd /tmp

@@ -225,6 +225,19 @@ def test_a_killed_run_goes_on(course, tmp_path):
 
 
 @pytest.mark.parametrize('kind', KINDS)
+def test_python_below_tmp(kind, tmp_path, monkeypatch):
+    "A checkout in /tmp has its environment there too; what lies beside that stays hidden."
+    packages = tmp_path/'site-packages'
+    packages.mkdir()
+    (packages/'mine.py').touch(), (tmp_path/'secret').touch()
+    monkeypatch.syspath_prepend(packages)
+    files = [str(packages/'mine.py'), str(tmp_path/'secret')]
+    with Sandbox(kind, LIMITS) as box:
+        seen, = box.run([dict(name='a', code=f'import os\nvalues = [*map(os.path.exists, {files})]', values=True)])
+    assert matches(seen['values'], encode([True, kind == 'none']))
+
+
+@pytest.mark.parametrize('kind', KINDS)
 def test_each_wall(kind):
     "The same cells behind each wall; what a plain process cannot keep is known."
     with Sandbox(kind, LIMITS) as box:
