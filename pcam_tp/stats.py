@@ -205,14 +205,16 @@ def auc_interval(
     by=None, # slide of each patch (N,)
     **kwargs # level, n_resamples, seed, method: see `interval`
 ) -> Interval:
-    "Interval of `roc_auc`, or of `macro_auc` where p is (N, K): see `interval`. nan bounds if one slide holds a class."
+    "Interval of `roc_auc`, or of `macro_auc` where p is (N, K). nan bounds if one slide or patch holds all of a class."
     y, p = _array(y, 'y'), _array(p, 'p', 2)
     if p.ndim == 1 and len(np.unique(y)) < 2: raise ValueError('y holds one class only: an AUC needs both')
     lacking = set(range(p.shape[1])) - set(_classes(y, p)[0].tolist()) if p.ndim == 2 else ()
     if lacking: raise ValueError(f'y lacks class {sorted(lacking)} of {p.shape[1]}: an AUC needs patches of each class')
     f = roc_auc if p.ndim == 1 else macro_auc
-    if by is None or kwargs.get('method', 'jackknife') != 'jackknife': return interval((y, p), by, f, **kwargs)
     codes, n = _units(by, len(y))
+    if np.unique(y, return_counts=True)[1].min() < 2:   # one patch decides, whatever is drawn
+        return Interval(float(f(y, p)), np.nan, np.nan, n, 'patch' if by is None else 'slide')
+    if by is None or kwargs.get('method', 'jackknife') != 'jackknife': return interval((y, p), by, f, **kwargs)
     effective = 1/np.mean([1/_effective(np.bincount(codes[y == c])) for c in np.unique(y)])
     bounds = _jackknife(*_on_draws((y, p), f, codes, n), codes, effective, kwargs.get('level', .95), bounded=True)
     return Interval(float(f(y, p)), *map(float, bounds), n, 'slide')
