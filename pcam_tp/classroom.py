@@ -565,6 +565,7 @@ def _check_ours(out):
     "`ValueError` where a folder holds what no release wrote, or what was edited since."
     if not out.exists(): return
     if not out.is_dir(): raise ValueError(f'{out}: a file; expected a folder, or nothing')
+    if (out/'.git').exists(): raise ValueError(f'{out} is the root of a clone: use a sub-folder, such as {out/"labs"}')
     there = [p for p in out.rglob('*') if p.is_file() and '.ipynb_checkpoints' not in p.parts]
     known = json.loads((out/_LIST).read_text(encoding='utf-8')) if (out/_LIST).exists() else {}
     other = [str(p.relative_to(out)) for p in there if p.name != _LIST and

@@ -131,6 +131,12 @@ def test_a_release_is_whole_or_not_there(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match='no release wrote|a file'): classroom.release(other, 'ada', 'class', nbs=NBS)
 
 
+def test_the_root_of_a_clone_is_no_place_for_a_release(tmp_path):
+    (tmp_path/'.git').mkdir()
+    with pytest.raises(ValueError, match='root of a clone: use a sub-folder, such as .*labs'): classroom.release(tmp_path, 'ada', 'class', nbs=NBS)
+    assert [p.name for p in tmp_path.iterdir()] == ['.git']
+
+
 def test_run_all_goes_on_over_empty_holes(tmp_path, monkeypatch):
     "Of a small lab, in a kernel of its own; `check(run=True)` does the same for the labs, in minutes."
     monkeypatch.delenv('IN_TEST', raising=False)

@@ -1,5 +1,6 @@
 """Grading: cheats, broken copies and kills on a small course. Each of these copies was once a way to points or to a dead batch."""
-import json, os, signal, subprocess, sys, time
+import copy, io, json, os, re, signal, subprocess, sys, time, zipfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import nbformat
@@ -10,7 +11,7 @@ from conftest import ROOT
 from pcam_tp.classroom import marks, stub
 from pcam_tp.sandbox import KINDS, Limits, Sandbox, encode, matches
 
-pytest.importorskip('nbgrader', reason='grading needs nbgrader: pip install "pcam_tp[class]"')
+pytest.importorskip('nbgrader', reason='grading needs nbgrader: in the checkout, pip install -e ".[class]"')
 if not sys.platform.startswith('linux'): pytest.skip('namespaces are Linux\'s', allow_module_level=True)
 from pcam_tp import grading
 from pcam_tp.grading import ELSEWHERE, WHY, collect, grade
@@ -22,6 +23,9 @@ LIMITS = Limits(cpu=1.5, idle=2, memory=300, processes=12)
 def cell(kind, source):
     return (nbformat.v4.new_code_cell if kind == 'code' else nbformat.v4.new_markdown_cell)(source.strip('\n'))
 
+BADGE = ('[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]'
+         '(https://colab.research.google.com/github/pcam-tp/pcam_tp/blob/main/nbs/03_gradcam.ipynb)')
+
 
 def lab():
     "Three exercises and a question."
@@ -29,12 +33,12 @@ def lab():
                      largest=('def largest(x):', '    return float(x.max())', 'assert largest(torch.tensor([1., 5])) == 5', 'largest(x)'),
                      share=('def share(x):', '    return float((x > .5).float().mean())',
                             'assert_close(torch.tensor(share(torch.tensor([0., 1]))), torch.tensor(.5))', 'share(x)'))
-    cells = [cell('md', '# A small lab'), cell('code', 'import torch\nfrom torch.testing import assert_close')]
+    cells = [cell('md', f'# A small lab\n\n{BADGE}\n\nAfter [the data](00_data.ipynb).'), cell('code', 'import torch\nfrom torch.testing import assert_close')]
     for name, (head, body, visible, value) in exercises.items():
         cells.append(cell('code', f'#| exercise: {name}\n{head}\n    ### BEGIN SOLUTION\n{body}\n    ### END SOLUTION'))
         cells.append(cell('code', f'#| check: {name}, points=2\n{visible}\nprint("{name}: right")\n### BEGIN HIDDEN TESTS\nSECRET = 0\n'
                                   f'x = torch.rand(64, generator=torch.Generator().manual_seed(SECRET))\nvalues = [{value}]\n### END HIDDEN TESTS'))
-    cells.append(cell('md', '<!-- answer: why, points=2 -->\nWhy?\n<!-- ### BEGIN SOLUTION\nBecause.\n### END SOLUTION -->'))
+    cells.append(cell('md', '<!-- answer: why, points=2 -->\nWhy?\n<!-- ### BEGIN SOLUTION\n2 points: they are public.\n### END SOLUTION -->'))
     return nbformat.v4.new_notebook(cells=cells)
 
 
@@ -152,7 +156,7 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(course):
 def test_no_page_tells_a_secret(course):
     folder, _ = course
     pages = sorted((folder/'out'/'feedback').rglob('*.html'))
-    assert len(pages) == len(CHEATS) + 6
+    assert len(pages) == len(CHEATS) + 8
     number = str(grading.secret_number(SECRET, 'double'))
     for page in pages:
         text = page.read_text(encoding='utf-8')
@@ -173,6 +177,155 @@ def test_marks_by_hand_survive_and_come_back(course):
     assert points(table, 'honest')['why'] == 1.5 and points(table, 'empty')['why'] == 0
     again = grade(folder/'inbox', folder/'out', SECRET, labs=folder/'labs', jobs=1, limits=LIMITS)   # its own hand.csv now
     pd.testing.assert_frame_equal(again, table)
+
+
+def chosen(inbox, name='ada'):
+    copies, problems = collect(inbox, ['small', '00_data'])
+    return next(c.file for c in copies if c.student == name), problems
+
+
+@pytest.mark.parametrize('old, new, why', [
+    ('00_data.ipynb', '00_data (1).ipynb', r'the number \(1\)'), ('00_data.ipynb', 'Copy of 00_data (1).ipynb', r'the number \(1\)'),
+    ('00_data (9).ipynb', '00_data(10).ipynb', r'the number \(10\)'), ('Copy of 00_data.ipynb', '00_data.ipynb', 'the newer file'),
+    ('my 00_data.ipynb', 'late/00_data.ipynb', 'the newer file')])
+def test_the_newest_copy_is_graded(tmp_path, old, new, why):
+    for name, at in ((old, 10**9), (new, 2*10**9)):
+        hand_in(tmp_path, f'ada/{name}', copy_of())
+        os.utime(tmp_path/'ada'/name, (at, 10**9 if 'number' in why else at))   # a download may lose the time
+    taken, problems = chosen(tmp_path)
+    assert taken == f'ada/{new}'
+    assert list(problems) == [f'ada/{old}'] and re.search(f'handed in again: {re.escape(taken)} is graded, .*{why}', problems[f'ada/{old}'])
+
+
+def test_the_newest_entry_of_a_zip_is_graded(tmp_path):
+    with zipfile.ZipFile(tmp_path/'ada.zip', 'w') as z:
+        for name, year in (('b', 2025), ('a', 2027), ('c', 2026)):
+            z.writestr(zipfile.ZipInfo(f'{name}/small.ipynb', (year, 1, 1, 0, 0, 0)), '{}')
+    taken, problems = chosen(tmp_path)
+    assert taken == 'ada/a/small.ipynb' and len(problems) == 2 and all(f'{taken} is graded' in p for p in problems.values())
+
+
+def test_students_of_moodle(tmp_path):
+    "One student has another number in each lab; two of one name have two numbers in one lab."
+    folder = '{}_assignsubmission_file'.format
+    for name in (folder('Fay Gray_12345') + '/small.ipynb', folder('Fay Gray_67890') + '_/00_data.ipynb', folder('Bo Ek_1') + '/small.ipynb',
+                 folder('Bo Ek_2') + '/small.ipynb', folder('Al Ox_7') + '_small.ipynb', 'my_7/small.ipynb'):
+        hand_in(tmp_path, name, '{}')
+    with zipfile.ZipFile(tmp_path/'XAI-small-99.zip', 'w') as z: z.writestr(folder('Zed_5') + '/small.ipynb', '{}')
+    copies, problems = collect(tmp_path, ['small', '00_data'])
+    assert {(c.student, c.lab) for c in copies} == {('Fay_Gray', 'small'), ('Fay_Gray', '00_data'), ('Bo_Ek_1', 'small'), ('Bo_Ek_2', 'small'),
+                                                    ('Al_Ox', 'small'), ('my_7', 'small'), ('Zed', 'small')}
+    assert problems == {}
+
+
+class Few:
+    "Three students: one answers in words, one does not, one hands in what is no notebook. `said`, `tables`, `pages`: of the last run."
+    def __init__(self, folder):
+        self.folder, self.out = folder, folder/'out'
+        (folder/'labs').mkdir()
+        nbformat.write(lab(), folder/'labs'/'small.ipynb')
+        self.hand_in('ada', copy_of(why='A first text.'))
+        self.hand_in('bob', copy_of(why='*Your answer:*'))
+        self.hand_in('eve', '{"cells": ["a part of it, and <b>')
+
+    def hand_in(self, student, nb): hand_in(self.folder/'inbox', f'{student}/small.ipynb', nb)
+
+    def grade(self):
+        with redirect_stdout(io.StringIO()) as said:
+            grade(self.folder/'inbox', self.out, SECRET, labs=self.folder/'labs', jobs=1, limits=LIMITS)
+        self.said = said.getvalue()
+        self.tables = {p.stem: pd.read_csv(p, keep_default_na=False) for p in self.out.glob('*.csv')}
+        self.pages = {p.parent.name: p.read_text(encoding='utf-8') for p in (self.out/'feedback').glob('*/small.html')}
+        return self
+
+    def mark(self, **row): self.tables['hand'].assign(**row).to_csv(self.out/'hand.csv', index=False)
+
+
+@pytest.fixture(scope='module')
+def new_class(tmp_path_factory): return Few(tmp_path_factory.mktemp('few')).grade()
+
+
+@pytest.fixture
+def few(new_class): return copy.copy(new_class)   # a run makes new tables; those of the first stay
+
+
+def test_the_end_of_a_run_in_words(few):
+    for words in '2 copies of 3 students graded', '1 copy could not be', '1 answer waits for a mark': assert words in few.said
+
+
+def test_what_waits_is_told(few):
+    totals = few.tables['totals']
+    assert totals.student.tolist() == ['ada', 'bob', 'eve', grading.MAXIMUM] and 'student' in grading.MAXIMUM
+    assert totals.waiting.tolist() == ['2.0', '0.0', '0.0', '']
+    assert grading.WAITS in few.pages['ada'] and grading.WAITS not in few.pages['bob']
+
+
+def test_no_page_leads_to_the_solutions(few):
+    for student in 'ada', 'bob', 'eve': assert not re.search(r'nbs/0|colab\.research|href="00_data', few.pages[student]), student
+    assert 'After the data.' in few.pages['ada']
+
+
+def test_a_file_that_is_no_notebook_has_a_page(few):
+    remark, = few.tables['scores'][few.tables['scores'].student == 'eve'].remark.unique()
+    assert 'not a notebook' in remark and len(remark) < 60 and 'cells' not in remark
+    assert remark in few.pages['eve'] and 'hand it in again' in few.pages['eve'] and 'a part of it' not in few.pages['eve']
+
+
+def test_a_broken_file_makes_room_for_the_next_page(tmp_path):
+    "From readable to broken and back: the page of the readable copy is then written again."
+    done = grading._page_done(tmp_path, 'ada', 'small')
+    grading._mark_done(done, 'key of a good copy')
+    grading._broken_page(tmp_path, tmp_path/'pages', 'ada', 'small', dict(file='ada/<i>.ipynb', broken='not a notebook: empty'))
+    assert '<b>&lt;i&gt;.ipynb</b>' in (tmp_path/'pages'/'ada'/'small.html').read_text(encoding='utf-8')
+    assert not grading._marked_done(done, 'key of a good copy')
+    grading._broken_page(tmp_path, tmp_path/'pages', 'bob', 'small', dict(file='bob/small.ipynb', broken='could not be run: OSError'))
+    assert not (tmp_path/'pages'/'bob').exists(), 'it is the machine that failed'
+
+
+def test_from_the_first_mark_to_the_next_text(few):
+    "The model answer and a marker's notes are for the marker alone; what waits is said as long as it waits."
+    assert few.tables['hand'].model.tolist() == ['2 points: they are public.']
+    few.mark(points=1)
+    few.grade()
+    assert grading.WAITS not in few.pages['ada'] and few.tables['totals'].waiting[0] == '0.0'
+    few.mark(points=1.5, comment='nice')
+    few.grade()
+    assert 'nice' in few.pages['ada'] and few.tables['totals'].total[0] == 7.5
+    few.hand_in('ada', copy_of(why='A second text.'))
+    few.grade()
+    for _ in range(2):   # and it stays
+        row, = few.tables['hand'][['points', 'comment', 'earlier']].values.tolist()
+        assert row == ['', '', 'was marked 1.5 for an earlier text. nice']
+        few.mark()
+        few.grade()
+    assert 'A second text.' in few.pages['ada'] and grading.WAITS in few.pages['ada']
+    for word in ('was marked', 'earlier', 'nice', 'they are public'): assert word not in few.pages['ada'], word
+
+
+def test_what_waits_is_not_missed(few):
+    "Four copies: of `none` nobody has a mark but who wrote nothing, of `some` one waits."
+    rows = [(s, 'l', 'code', 'check', p, 2, '') for s, p in zip('abcd', (2, 0, 2, 1))]
+    rows += [(s, 'l', 'none', 'by hand', p, 2, r) for s, p, r in zip('abcd', (None, None, None, 0), [*['to be marked by hand']*3, 'not answered'])]
+    rows += [(s, 'l', 'some', 'by hand', p, 2, r) for s, p, r in zip('abcd', (None, 0, 2, 0), ['to be marked by hand', '', '', 'not answered'])]
+    table = pd.DataFrame(rows, columns=['student', 'lab', 'exercise', 'kind', 'points', 'max', 'remark']).astype(dict(points=float))
+    q = grading.questions(table).set_index('exercise')
+    assert q.waiting.to_dict() == dict(code=0, none=3, some=1) and q.n.to_dict() == dict(code=4, none=0, some=3)
+    assert q.loc['none', ['mean', 'solved', 'missed', 'discrimination']].isna().all()
+    assert round(q.missed['some'], 3) == .667 and q.missed['code'] == .25
+    assert pd.isna(q.discrimination['code']), 'what waits counts as 0 in the others'
+    fig = grading.plot_questions(q.reset_index())
+    labels = [t.get_text() for t in fig.axes[0].get_yticklabels()]
+    assert labels == ['l · code (n = 4)', 'l · none (n = 0, 3 wait)', 'l · some (n = 3, 1 wait)']
+    assert [t.get_text() for t in fig.axes[0].texts] == ['no mark yet']
+    assert few.tables['questions'].set_index('exercise').waiting.to_dict() == dict(double=0, largest=0, share=0, why=1)
+
+
+def test_no_key_is_left_by_a_machine_that_cannot_grade(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'nbgrader.api', None)
+    with pytest.raises(ImportError) as e: grading.class_secret(tmp_path/'secret')
+    assert not (tmp_path/'secret').exists()
+    command, = re.findall(r'pip install .*', str(e.value))
+    assert command in (ROOT/'TEACHING.md').read_text(encoding='utf-8')
 
 
 def test_another_secret_is_another_run(course, monkeypatch):
