@@ -116,6 +116,12 @@ def _texts(folder):
         elif f.suffix in _KINDS: yield f
 
 # %% ../nbs/tools/01_colab.ipynb #e3dd171d
+def _installed(texts, folder):
+    "(owner, name) of the repositories that cells of the notebooks install from."
+    ours = lambda f: f.suffix == '.ipynb' and f.relative_to(folder).parts[0] == 'nbs'
+    books = [json.loads(t) for f, t in texts.items() if ours(f)]
+    return {n for nb in books for c in nb['cells'] for n in _named(''.join(c['source']), [_PIP])}
+
 def _renamed(file, text, old, to, assets):
     "The new text of one file of a checkout."
     if file.name == 'settings.ini':
@@ -140,9 +146,7 @@ def badges(
     now = repository(folder)
     to = _checked(Repository(owner or now.owner, repo or now.name, branch or now.branch))
     texts = {f: f.read_text(encoding='utf-8') for f in _texts(folder)}
-    books = [json.loads(t) for f, t in texts.items()
-             if f.suffix == '.ipynb' and f.relative_to(folder).parts[0] == 'nbs']
-    old = {now[:2]}.union(*(_named(''.join(c['source']), [_PIP]) for nb in books for c in nb['cells']))
+    old = {now[:2]} | _installed(texts, folder)
     changed = {}
     for f, text in texts.items():
         new = _renamed(f, text, old, to, assets)

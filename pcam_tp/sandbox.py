@@ -127,13 +127,20 @@ def _call(function, *args):
         n = ctypes.get_errno()
         raise OSError(n, f'{function}: {os.strerror(n)}')
 
-# %% ../nbs/tools/02b_sandbox.ipynb #5027d9ba
+# %% ../nbs/tools/02b_sandbox.ipynb #3729e3ed
+def _below_tmp():
+    "Python's folders, where it lies in /tmp: {place: descriptor}."
+    mounts = Path('/proc/self/mounts').read_text().splitlines()
+    places = [m.split()[1].replace(r'\040', ' ') for m in mounts]
+    return {p: os.open(p, os.O_PATH) for p in places if p.startswith('/tmp/')}
+
 def _bind(folder, source):
     "Show the open folder `source` under its name again; read-only, as it was."
     os.makedirs(folder, exist_ok=True)
     _call('mount', f'/proc/self/fd/{source}'.encode(), folder.encode(), None, _BOUND | _REC, None)
     os.close(source)
 
+# %% ../nbs/tools/02b_sandbox.ipynb #5027d9ba
 def _seal(disk):
     "New namespaces for this process and its children: the caller comes back as the first process of a world."
     uid, gid = os.getuid(), os.getgid()
@@ -143,9 +150,7 @@ def _seal(disk):
     Path('/proc/self/gid_map').write_text(f'1000 {gid} 1')
     _call('mount', None, b'/', None, _REC | _PRIVATE, None)
     processor = Path('/proc/cpuinfo').read_text()
-    mounts = Path('/proc/self/mounts').read_text().splitlines()
-    places = [m.split()[1].replace(r'\040', ' ') for m in mounts]
-    below = {p: os.open(p, os.O_PATH) for p in places if p.startswith('/tmp/')}   # Python, if it lies there
+    below = _below_tmp()
     for place, size in (b'/tmp', disk), (b'/dev/shm', disk), (b'/proc', 0):
         if os.path.isdir(place):
             _call('mount', b'tmpfs', place, b'tmpfs', _NOSUID | _NODEV, f'size={size or 1}m'.encode())
