@@ -252,7 +252,7 @@ def _check_run(model, train, recipe):
     steps = recipe['epochs']*(len(train)//recipe['batch_size'])
     if steps < 3:
         raise ValueError(f"{recipe['epochs']} epochs of {len(train)} patches are {steps} batches of "
-                         f"{recipe['batch_size']}: a schedule needs at least 3")
+                         f"{recipe['batch_size']}: a schedule needs at least 3, so smaller batches or more epochs")
     n_classes = predict(model, to_float(train.patches([0]))).shape[1]
     if train.y.max() >= n_classes:
         raise ValueError(f'labels go up to {train.y.max()}, and the network has {n_classes} classes: '
