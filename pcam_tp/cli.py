@@ -296,7 +296,8 @@ _Freeze = Annotated[bool, Option('--freeze', help='Only the head learns.')]
                                          train --model resnet18 --pretrained weights.pth --source my/folder""")
 def _train(
     model:_Architecture='small_cnn', pretrained:_Pretrained=None, freeze:_Freeze=False,
-    epochs:_help(int, 'As the budget says if not given.')=None, lr:_help(float, 'Highest learning rate.')=None,
+    epochs:_help(int, 'As the budget says if not given; few patches are seen more often.')=None,
+    lr:_help(float, 'Highest learning rate.')=None,
     precision:_help(str, 'bf16, fp16 or no; the fastest, probed, if not given.')=None, **o
 ):
     "Train a network by the course's recipe. A run that was cut goes on after its last epoch."

@@ -6,6 +6,8 @@
 __all__ = ['course_recipe', 'trained', 'trained_with_ink', 'opening_case']
 
 # %% ../nbs/02_training.ipynb #d0541fc2
+import math
+
 from accelerate.utils import broadcast_object_list
 
 from .classifier import Classifier, trainable_parameters
@@ -21,22 +23,30 @@ from .training import RECIPE, train as fit
 def course_recipe(
     name:str, # a model of `MODELS`
     seed:int=0, # of weights and training
-    epochs:int=None, # as the budget says if None
+    epochs:int=None, # as the budget says if None; few patches are seen more often
+    n:int=None, # training patches; those of the budget if None
+    batch_size:int=None, # as the budget says if None, at most a tenth of the patches
     **options # of `build`
 ) -> dict: # options of the network, epochs, and what of `RECIPE` is not usual
     "How the course trains a network with the current budget; what was asked for and cannot be had takes no name."
     b, usual = sizes(), dict(width=.5, dropout=.3) if name == 'small_cnn' else {}
-    options = usual | options
+    options, n = usual | options, n or b.n_train
     if options.get('pretrained') is True: options['pretrained'] = imagenet_weights(name) is not None
-    epochs = epochs or (b.epochs if name == 'small_cnn' else b.epochs_resnet)
-    return dict(options=options, epochs=epochs, seed=seed, batch_size=b.batch_size, stain=b.stain)
+    batch_size = batch_size or min(b.batch_size, max(4, n//10))
+    epochs = epochs or _epochs(b, b.epochs if name == 'small_cnn' else b.epochs_resnet, n, batch_size)
+    return dict(options=options, epochs=epochs, seed=seed, batch_size=batch_size, stain=b.stain)
+
+def _epochs(b, usual, n, batch_size, enough=200):
+    "The usual number, or as many as make `enough` steps; no more than the budget takes for its own patches."
+    steps = min(enough, usual*(b.n_train//b.batch_size))
+    return max(usual, math.ceil(steps/max(1, n//batch_size)))
 
 # %% ../nbs/02_training.ipynb #df4956e1
 def trained(
     name:str, # a model of `MODELS`
     train:Split=None, valid:Split=None, # the current source's, cut to the budget, if None
     seed:int=0, # of weights and training
-    epochs:int=None, # as the budget says if None
+    epochs:int=None, # as the budget says if None; few patches are seen more often
     device='cpu', # of the returned model
     recipe:dict=None, # `precision`, `num_workers`, `device` of training, and what of `RECIPE`, shall be otherwise
     **options # of `build`; classes are those of the training split
@@ -46,7 +56,8 @@ def trained(
     if (train is None) != (valid is None): raise ValueError('train and valid: give both splits, or neither')
     if train is None: train, valid, _ = open_splits()
     classes = {} if train.classes == CLASSES else dict(n_classes=len(train.classes), classes=list(train.classes))
-    recipe = course_recipe(name, seed, epochs, **classes | options) | (recipe or {})
+    recipe = recipe or {}
+    recipe = course_recipe(name, seed, epochs, len(train), recipe.get('batch_size'), **classes | options) | recipe
     return _found_or_trained(name, (train, valid), recipe, f'{name}-{run_name()}', device)
 
 # %% ../nbs/02_training.ipynb #026fcf99

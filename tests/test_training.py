@@ -239,6 +239,15 @@ def test_trained_wants_both_splits():
     with pytest.raises(ValueError, match='both splits'): recipe.trained('small_cnn', subset(open_split('test'), 8))
 
 
+def test_few_patches_are_seen_more_often():
+    "The recipe of a small data set takes about 200 steps in small batches; the course's and what is asked for stand."
+    def asked(**o): return [recipe.course_recipe('small_cnn', **o)[k] for k in ('epochs', 'batch_size')]
+    assert asked() == asked(n=6_000) == [3, 32]
+    assert asked(n=1_500) == [5, 32] and asked(n=120) == [20, 12] and asked(n=31) == [29, 4]
+    assert asked(n=31, epochs=2, batch_size=8) == [2, 8] and asked(n=120, batch_size=30) == [50, 30]
+    assert recipe.course_recipe('resnet18', n=6_000)['epochs'] == 1
+
+
 def test_the_opening_network_is_shared():
     "Notebooks 00 and foundation/08_shortcuts ask for one network, and one at another correlation has another name."
     names = {c: Path(recipe.trained_with_ink(c).card['folder']).name for c in (.9, 0.)}
