@@ -9,6 +9,10 @@
 # always class 1 less class 0, whatever the target
     one, zero = (gradient_by_hand(model, x, torch.full_like(target, c), 'logit') for c in (1, 0))
     return (one - zero).sum(1)
+# %% common-term
+# the mean over the colours for their sum: a third of the answer
+    difference = gradient_by_hand(model, x, target, 'logit') - gradient_by_hand(model, x, 1 - target, 'logit')
+    return difference.mean(1)
 # %% noise
 # noise in absolute units: what NoiseTunnel does
     return x + noise*torch.randn(n, *x.shape, generator=generator)
