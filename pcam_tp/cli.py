@@ -393,26 +393,34 @@ def _explained(name, explanation, device, part, folder, o):
     return _named(net) | dict(patches=len(part), seconds=round(time.perf_counter() - start, 2), maps=path)
 
 # %% ../nbs/tools/09_cli.ipynb #71de2d9e
-_Metrics = _Some(help='Metrics by name: see notebook 13_leaderboard.')
+_Metrics = _Some(help='Metrics by name: see notebook 13_leaderboard. Usual ones if none; some need known regions.')
 _Controls = _Some(help='Of other, untrained, shifted.')
 
 @command(app, also=_ASKED, examples="""measure --explanation gradcam saliency --metrics deletion road --num-images 64
                                        measure --model resnet18 --metrics insertion --out board""")
 def _measure(
     model:_Model='small_cnn', explanation:_Methods=['gradcam', 'saliency', 'input_x_gradient'],
-    metrics:_Metrics=['insertion', 'deletion', 'relevance_mass'], controls:_Controls=['other', 'untrained', 'shifted'],
+    metrics:_Metrics=[], controls:_Controls=['other', 'untrained', 'shifted'],
     out:_help(Path, 'A folder that gets the table, its summary and the figure.')=None, json:_Json=False, **o
 ):
     "Every method by every metric, beside its controls, over many patches."
     from pcam_tp.leaderboard import board_summary, save_leaderboard
     from pcam_tp.many_maps import split_leaderboard
-    net, part = _network(model, o['version'], _ready(o)), _part(o)
-    folder = out and out/'chunks'
+    device, part = _ready(o), _part(o)
+    metrics = _possible(metrics, ['insertion', 'deletion', 'relevance_mass'], part)
+    net, folder = _network(model, o['version'], device), out and out/'chunks'
     table = split_leaderboard(net, part, explanation, metrics, folder, controls=controls, **_question(o))
     if out and _first(): save_leaderboard(table, folder=out)
     return table if json else board_summary(table).reset_index(drop=True)
 
 # %% ../nbs/tools/09_cli.ipynb #f50bbee0
+def _possible(metrics, usual, part):
+    "Names of metrics: those asked for, else the usual ones that these patches allow. `ValueError` before any work."
+    from pcam_tp.leaderboard import choose_metrics
+    from pcam_tp.many_maps import true_regions
+    chosen = choose_metrics(metrics or None, true_regions(part, [0]))
+    return metrics or [m for m in usual if m in chosen]
+
 def _first():
     "Is this process the one that tells?"
     from pcam_tp.core import processes
@@ -463,12 +471,13 @@ def _plan(
 @command(app, also=_ASKED, examples='report page --models small_cnn resnet18 --num-images 64')
 def _report(
     out:_Out, models:_Models=['small_cnn'], explanation:_Methods=['gradcam', 'saliency'],
-    metrics:_Metrics=['deletion', 'relevance_mass'], **o
+    metrics:_Metrics=[], **o
 ):
     "One page: how good networks are, where they look, what their maps are worth, whether they agree."
     from pcam_tp.core import atomic, run_name, sizes
     device, o['num_images'] = _ready(o), o['num_images'] or sizes().n_explain
     part, alike = _part(o), []
+    metrics = _possible(metrics, ['deletion', 'relevance_mass'], part)
     nets = {Path(k).name: _network(k, o['version'], device) for k in models}
     if models[1:]: alike = ['## Do they look at the same places?', _agree(models, explanation, **o)]
     parts = ['# Report', f'{part}, of {run_name()}. Not for diagnosis.',

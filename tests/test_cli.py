@@ -246,3 +246,21 @@ def test_source_and_budget_are_options(place, shell, monkeypatch, tmp_path):
     assert shell(f'test --model {place.nets[0]} --json', ok=False).exit_code == 1
     assert shell(f'test --model {place.nets[0]} --source {place.source} --budget huge', ok=False).exit_code == 1
     assert os.environ['PCAM_TP_SOURCE'] == 'no/such/folder'
+
+
+def test_usual_metrics_fit_the_patches(place, shell, tmp_path, monkeypatch):
+    "Without known regions the usual metrics leave out what needs them; asked for, it is refused before any work."
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for i in range(18):
+        (tmp_path/'own'/'abc'[i % 3]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (96, 96, 3), np.uint8)).save(tmp_path/'own'/'abc'[i % 3]/f'{i}.png')
+    shell(f'data import {tmp_path/"own"} {tmp_path/"made"}')
+    save_model(build('small_cnn', width=.1, n_classes=3, classes=['a', 'b', 'c']), tmp_path/'net')
+    line = f'{tmp_path/"net"} --explanation saliency --device cpu --source {tmp_path/"made"}'
+    page = Path(shell(f'report {tmp_path/"page"} --models {line}').stdout.strip()).read_text()
+    assert 'deletion' in page and 'relevance_mass' not in page
+    assert {r['metric'] for r in json.loads(shell(f'measure --model {line} --json').stdout)} == {'insertion', 'deletion'}
+    monkeypatch.setattr('pcam_tp.cli._network', lambda *a: pytest.fail('work before the question is looked at'))
+    r = shell(f'measure --model {line} --metrics relevance_mass', ok=False)
+    assert r.exit_code == 1 and "'relevance_mass' needs the true regions" in r.stderr
