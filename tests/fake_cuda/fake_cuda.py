@@ -289,7 +289,8 @@ def _jitter(f, func, args, out, before):
     """Noise of up to 1.5 units in the last place, of the element and of a typical one, on float32 and float64.
 
     Less for short sums. It depends on the shapes (another batch size, another rounding; the same call, the same bits);
-    kernels that use atomics (`RUN_TO_RUN`) get another noise at every call."""
+    kernels that use atomics (`RUN_TO_RUN`) get another noise at every call. Of what is larger than the cache a quarter
+    gets it, in every layer another one: all of it would cost as much as the network's own arithmetic."""
     global _pool, _calls
     terms = _terms(f.base, args, out)
     if terms < 3: return out
@@ -304,8 +305,10 @@ def _jitter(f, func, args, out, before):
         unit = min(1.5, .25*math.log2(terms))*torch.finfo(o.dtype).eps
         o = o.detach() if o.dim() else o.detach()[None]
         images = max(1, (1 << 17) // o[0].numel())                # that fit into the processor's cache
-        for i, part in enumerate(o.split(images)):
-            if _span(part) > half: continue
+        parts = o.split(images)
+        every = 1 if len(parts) < 8 else 4
+        for i, part in enumerate(parts):
+            if (i + at) % every or _span(part) > half: continue
             noise = _pool.as_strided(part.shape, part.stride(), at % half)
             # the size of an image's numbers: what nearly cancels has the error of its terms
             typical = torch.linalg.vector_norm(part, dim=list(range(1, part.dim())) or 0, keepdim=True)
@@ -315,7 +318,7 @@ def _jitter(f, func, args, out, before):
             inexact = (part*4096).frac_().sign_()
             if before is not None: inexact *= part != before[i*images:(i + 1)*images]
             part.add_(part.abs().add_(typical).mul_(noise).mul_(inexact), alpha=unit)
-            at += part.numel()
+            at += every*part.numel()
     return out
 
 
