@@ -85,7 +85,8 @@ def _train_and_save(folder, checkpoint, name, splits, options, epochs, **recipe)
     if folder is None: return
     best = history.loc[history.valid_loss.idxmin()].to_dict()
     model.card['training'] = dict(best, run=run_name(), patches=len(splits[0]), epochs=len(history),
-                                  parameters=trainable_parameters(model), seconds=history.seconds.sum())
+                                  parameters=trainable_parameters(model), seconds=history.seconds.sum(),
+                                  processes=processes()[1])
     save_model(model.cpu(), folder)
     history.to_csv(folder/'history.csv', index=False)
     checkpoint.unlink()

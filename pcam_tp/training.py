@@ -236,7 +236,10 @@ def train(
     **recipe # anything of `RECIPE`
 ) -> pd.DataFrame: # a row per epoch
     """AdamW on one process or several (`accelerate launch`). History: losses, validation accuracy and AUC (of more than
-    two classes each against the others), the learning rate at the epoch's start, seconds."""
+    two classes each against the others), the learning rate at the epoch's start, seconds.
+
+    Several processes share the batches of one, but each has its own augmentation, dropout and batch statistics: they
+    make another network than one process does."""
     if unknown := [k for k in recipe if k not in RECIPE]:
         raise ValueError(f'train has no option {", ".join(unknown)}: it takes {", ".join(RECIPE)}')
     recipe = dict(epochs=epochs, **RECIPE | recipe, train=split_id(train), valid=split_id(valid))

@@ -87,7 +87,7 @@ training.train(colour, train, valid, epochs=2, stain=0, precision='no', device='
 model = trained('small_cnn', train, valid, width=.05, epochs=2)
 rank = int(os.environ.get('RANK', 0))
 row = dict(colour=colour.net[2].weight.detach().tolist(), small_cnn=fingerprint(model), folder=model.card['folder'],
-           seconds=model.card['training']['seconds'])
+           **{k: model.card['training'][k] for k in ('seconds', 'processes')})
 with open(f'{sys.argv[1]}/{os.environ.get("WORLD_SIZE", 1)}-{rank}.json', 'w') as f: json.dump(row, f)
 '''
 
@@ -105,6 +105,7 @@ def test_two_processes(tmp_path, monkeypatch, on_the_processor):
         run(*(launch + [n] if n > 1 else [sys.executable]), script, tmp_path)
     one, a, b = (json.loads((tmp_path/f'{k}.json').read_text()) for k in ('1-0', '2-0', '2-1'))
     assert a == b and Path(a['folder']).is_dir()
+    assert (one['processes'], a['processes']) == (1, 2)   # the card tells which network it is
     assert all(abs(x - y) < 1e-6 for u, v in zip(one['colour'], a['colour']) for x, y in zip(u, v)), (one, a)
     assert any(x for v in a['colour'] for x in v)
     assert not list((tmp_path/'home2').rglob('*.run.pt'))
