@@ -139,15 +139,24 @@ def measure(checkout, arm, options):
 
 
 def rounds(pairs, repeats, options):
-    "After each round the seconds of every (checkout, arm) so far; every other round runs backwards."
+    """After each round the seconds of every (checkout, arm) so far; every other round runs backwards. Ctrl-C ends with
+    the whole rounds."""
     times = {p: [] for p in pairs}
     with progress(total=repeats*len(pairs), desc='benchmark', unit='arm') as bar:
-        for _ in range(repeats):
-            for p in pairs:
-                times[p].append(measure(*p, options))
-                bar.update()
+        for whole in range(repeats):
+            try:
+                for p in pairs:
+                    times[p].append(measure(*p, options))
+                    bar.update()
+            except KeyboardInterrupt:
+                if not whole: raise
+                for t in times.values(): del t[whole:]
+                return
             pairs = pairs[::-1]
             yield times
+
+
+def repeated(times): return min(map(len, times.values()))
 
 
 def beside_peers(chosen, args, options):
@@ -158,7 +167,7 @@ def beside_peers(chosen, args, options):
         found = [row(args.device, c, took) for c in chosen]
         if not args.quick: write(found)
     show(found)
-    print(f'medians of {args.repeats} interleaved repeats; ratio = peer_s / ours_s; limit_s = peer_s / target')
+    print(f'medians of {repeated(times)} interleaved repeats; ratio = peer_s / ours_s; limit_s = peer_s / target')
     if 'train_small_cnn' in took and not args.quick:
         rate = 64*(BUDGETS['quick']['n_train']//64)/took['train_small_cnn']
         print(f'training: {rate:,.0f} patches of small_cnn a second; the aim on an H200 is {AIM:,}')
@@ -185,7 +194,7 @@ def against(before, chosen, args, options):
         return dict(arm=a, before_s=median(old), now_s=median(new), ratio=ratio, lowest=min(each), highest=max(each),
                     slower=ratio < SLOWER)
     show([compared(a) for a in ours])
-    print(f'medians of {args.repeats} interleaved repeats; ratio = before_s / now_s, with the lowest and highest of a '
+    print(f'medians of {repeated(times)} interleaved repeats; ratio = before_s / now_s, with the lowest and highest of a '
           f'repeat; slower: ratio below {SLOWER}')
     if new: print(f'not there before: {", ".join(new)}')
 

@@ -7,6 +7,7 @@ from conftest import ROOT, TESTS, python, run
 
 sys.path[:0] = [str(ROOT/'benchmarks'), str(TESTS/'fake_cuda')]
 from arms import ARMS, DEVICES
+import bench as benchmark
 from bench import cases, merged
 from fake_cuda import why_not
 
@@ -32,6 +33,20 @@ def test_rows_are_kept_by_device():
     row = lambda device, ours, name=name: dict(device=device, name=name, work=work, peer=peer, ours_s=ours)
     rows = merged([row('cpu', 1), row('cuda', 2), row('cpu', 3, 'gone')], [row('cuda', 4)])
     assert [(r['device'], r['ours_s']) for r in rows] == [('cpu', 1), ('cuda', 4)]
+
+
+def test_ctrl_c_keeps_whole_rounds(monkeypatch):
+    "The round that was cut is left out; cut in the first, there is nothing to tell."
+    def cut(k):
+        seconds = iter(range(k))
+        def measure(*a):
+            for s in seconds: return s
+            raise KeyboardInterrupt
+        monkeypatch.setattr(benchmark, 'measure', measure)
+        for times in benchmark.rounds(['a', 'b'], 3, []): pass
+        return times
+    assert cut(3) == dict(a=[0], b=[1]) and cut(6) == dict(a=[0, 3, 4], b=[1, 2, 5])
+    with pytest.raises(KeyboardInterrupt): cut(1)
 
 
 def test_two_arms_on_the_processor():
