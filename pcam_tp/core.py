@@ -6,7 +6,8 @@
 __all__ = ['BUDGETS', 'progress', 'assets_address', 'lose_assets', 'using', 'source', 'budget', 'sizes', 'home', 'run_name',
            'processes', 'wait_for_all', 'atomic', 'lock', 'make_once', 'fingerprint', 'picture', 'save_figure',
            'save_table', 'file_hash', 'best_device', 'page_faults', 'keep_memory', 'idle_ms', 'sleep_when_idle',
-           'fastest_precision', 'best_batch_size', 'Setup', 'set_seed', 'setup', 'trying', 'plain']
+           'busy_share', 'give_way', 'fastest_precision', 'best_batch_size', 'Setup', 'set_seed', 'setup', 'trying',
+           'plain']
 
 # %% ../nbs/foundation/00_core.ipynb #15ad27af
 import contextlib, ctypes, hashlib, io, json, os, platform, random, shutil, time, traceback, uuid
@@ -334,6 +335,25 @@ def sleep_when_idle():
         _parked.add(path)
         _park(ctypes.CDLL(path), os.cpu_count() + 1)
 
+# %% ../nbs/foundation/00_core.ipynb #94d5c320
+def busy_share(
+    seconds:float=.1 # how long to look
+) -> float: # 0 to 1; 0 where the system does not tell
+    "Share of this machine's processors that work while this thread looks on, for whomever (Linux)."
+    stat = Path('/proc/stat')
+    if not stat.exists(): return 0.
+    ticks = lambda: np.array(stat.read_text().split('\n', 1)[0].split()[1:9], float)
+    before = ticks()
+    time.sleep(seconds)
+    spent = ticks() - before
+    return float(1 - spent[3:5].sum()/max(1, spent.sum()))   # idle, and idle until a disk answers
+
+def give_way(
+    limit:float=.2 # share of the processors that others use
+):
+    "Let waiting threads sleep from now on, if others use this machine; on a quiet one spinning is faster."
+    if busy_share() > limit: sleep_when_idle()
+
 # %% ../nbs/foundation/00_core.ipynb #8cc5562b
 def _seconds(f, device, repeats=7, limit=float('inf')):
     "Seconds of a call of `f` and all that it starts: the minimum of `repeats`, or of those that fit in `limit`."
@@ -463,7 +483,7 @@ def setup(
     torch.set_num_threads(threads or int(os.environ.get('OMP_NUM_THREADS', '').split(',')[0] or cores))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     set_seed(seed)
-    sleep_when_idle()
+    give_way()
     kept = keep_memory()
     precision = precision or fastest_precision(device)
     cfg = Setup(device, precision, best_batch_size(device), torch.get_num_threads(), kept, seed)

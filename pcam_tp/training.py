@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from .classifier import Classifier, evaluating, predict
-from .core import atomic, best_batch_size, best_device, fastest_precision, progress, sizes
+from .core import atomic, best_batch_size, best_device, fastest_precision, give_way, progress, sizes
 from .data import Batches, Split, split_id, to_float
 from .stats import auc_interval, calibration_interval, interval, macro_auc, nll, roc_auc
 from .synthetic import colour_features
@@ -172,6 +172,7 @@ def step(self:_Run, x, y, noise):
 def epoch(self:_Run, bar):
     "One pass over the batches; the mean training loss."
     self.model.train()
+    give_way()   # somebody may have come
     noise, self.batches.epoch, total = self.noise(), len(self.history), 0.
     for x, y in self.batches:
         total = total + self.step(x, y, noise)

@@ -130,6 +130,32 @@ def test_idle_threads_sleep():
     assert threads - fewer == os.cpu_count() + 1, (threads, fewer)
 
 
+BUSY = '''
+import os, subprocess, sys
+from pcam_tp import core
+threads = lambda: len(os.listdir('/proc/self/task'))
+core.busy_share = lambda: 0.
+start = threads()
+core.give_way()
+quiet = threads() - start
+core.busy_share = lambda: .5
+core.give_way()
+print(quiet, threads() - start)
+'''
+
+
+@pytest.mark.skipif(not core._openmp(), reason='needs GNU OpenMP')
+def test_threads_sleep_where_others_work():
+    "A quiet machine is left to spin; a busy one is seen, and gets its processors back."
+    env = {k: v for k, v in os.environ.items() if k not in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
+    quiet, parked = map(int, python(BUSY, env=env).stdout.split())
+    assert quiet == 0 and parked > os.cpu_count()
+    workers = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(os.cpu_count())]
+    try: assert max(core.busy_share(.3) for _ in range(5)) > .8
+    finally:
+        for w in workers: w.kill()
+
+
 def test_no_name_hides_another():
     assert not set(core.__all__) & (set(dir(builtins)) | set(sys.stdlib_module_names))
 
