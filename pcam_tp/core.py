@@ -348,10 +348,16 @@ def busy_share(
     spent = ticks() - before
     return float(1 - spent[3:5].sum()/max(1, spent.sum()))   # idle, and idle until a disk answers
 
+_looked = -np.inf
+
 def give_way(
-    limit:float=.2 # share of the processors that others use
+    limit:float=.2, # share of the processors that others use
+    every:float=10. # seconds: who looked less long ago does not look again
 ):
     "Let waiting threads sleep from now on, if others use this machine; on a quiet one spinning is faster."
+    global _looked
+    if torch.get_num_threads() == 1 or time.monotonic() - _looked < every: return
+    _looked = time.monotonic()
     if busy_share() > limit: sleep_when_idle()
 
 # %% ../nbs/foundation/00_core.ipynb #8cc5562b
