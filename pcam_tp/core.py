@@ -339,19 +339,22 @@ def sleep_when_idle():
 def busy_share(
     seconds:float=.1 # how long to look
 ) -> float: # 0 to 1; 0 where the system does not tell
-    "Share of this machine's processors that work while this thread looks on, for whomever (Linux)."
+    "Share of the processors of this process that work while this thread looks on, for whomever (Linux)."
     stat = Path('/proc/stat')
     if not stat.exists(): return 0.
-    ticks = lambda: np.array(stat.read_text().split('\n', 1)[0].split()[1:9], float)
+    mine = {f'cpu{i}' for i in os.sched_getaffinity(0)}
+    rows = lambda: [l.split()[:9] for l in stat.read_text().splitlines()]
+    ticks = lambda: sum((np.array(r[1:], float) for r in rows() if r[0] in mine), np.zeros(8))
     before = ticks()
     time.sleep(seconds)
     spent = ticks() - before
-    return float(1 - spent[3:5].sum()/max(1, spent.sum()))   # idle, and idle until a disk answers
+    idle = spent[3:5].sum()   # idle, and idle until a disk answers
+    return float(1 - idle/spent.sum()) if spent.sum() else 0.
 
 _looked = -np.inf
 
 def give_way(
-    limit:float=.2, # share of the processors that others use
+    limit:float=.2, # share of the processors that work while this thread waits
     every:float=10. # seconds: who looked less long ago does not look again
 ):
     "Let waiting threads sleep from now on, if others use this machine; on a quiet one spinning is faster."

@@ -160,6 +160,14 @@ def test_threads_sleep_where_others_work():
         for w in workers: w.kill()
 
 
+def test_who_does_not_tell_is_not_busy(monkeypatch, tmp_path):
+    "Counters that stand still, or none for the processors of this process."
+    for text in ('cpu  0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 0 0 0 0 0 0 0\n', 'cpu  9 9 9 9\nintr 5\n'):
+        (tmp_path/'stat').write_text(text)
+        monkeypatch.setattr(core, 'Path', lambda p: tmp_path/'stat')
+        assert core.busy_share(0) == 0
+
+
 def test_no_name_hides_another():
     assert not set(core.__all__) & (set(dir(builtins)) | set(sys.stdlib_module_names))
 
