@@ -89,7 +89,7 @@ def check_images(
         found = f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__
         raise ValueError(f'x is {found}: expected float (N, 3, H, W) in [0, 1], N > 0; '
                          'one image needs a first axis, x[None]')
-    low, high = (v.item() for v in torch.aminmax(x.detach()))
+    low, high = torch.stack(torch.aminmax(x.detach())).tolist()   # a GPU is waited for once
     if not (low >= -1e-3 and high <= 1 + 1e-3):   # false for NaN, too
         raise ValueError(f'x has values from {low:.3g} to {high:.3g}: expected RGB in [0, 1]. Divide bytes by 255, '
                          'clamp what overshoots, and leave normalisation to Classifier(net, mean=…, std=…)')
@@ -300,13 +300,11 @@ def evaluating(
     "Evaluation mode inside the block, for one thread at a time; every submodule's own mode afterwards."
     with _lock(model):
         modes = [(m, m.training) for m in model.modules()]
-        model.eval()
+        if any(training for _, training in modes): model.eval()
         try: yield model
         finally:
-            for m, training in modes: m.training = training
-
-# %% ../nbs/foundation/11_classifier.ipynb #1452c396
-#| export
+            for m, training in modes:
+                if m.training != training: m.training = training
 
 # %% ../nbs/foundation/11_classifier.ipynb #7e7c2ea2
 def check_model(model):
@@ -444,7 +442,7 @@ def copied(
 def train(self:Classifier, mode:bool=True):
     "Training mode, but for the parts in which nothing learns: their statistics stand still, their dropout is off."
     nn.Module.train(self, mode)
-    for m in self.net.modules():
+    for m in self.net.modules() if mode else ():
         learns = [p.requires_grad for p in m.parameters()]
         if learns and not any(learns): m.eval()
     return self

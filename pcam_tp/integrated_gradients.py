@@ -6,6 +6,8 @@
 __all__ = ['PATH_RULES', 'path_rule', 'integrated_gradients']
 
 # %% ../nbs/06_integrated_gradients.ipynb #c2c4346b
+import functools
+
 import numpy as np
 import torch
 
@@ -19,6 +21,8 @@ def _check_rule(n_steps, method):
     if isinstance(n_steps, bool) or not isinstance(n_steps, (int, np.integer)) or n_steps < 1:
         raise ValueError(f'n_steps is {n_steps!r}: expected a whole number, at least 1')
 
+_legendre = functools.cache(np.polynomial.legendre.leggauss)   # of 50 points: .7 ms
+
 def path_rule(
     n_steps:int, # points on the path
     method:str='gausslegendre' # one of `PATH_RULES`
@@ -27,7 +31,7 @@ def path_rule(
     Gauss–Legendre is exact to degree 2n − 1, the midpoint rule to degree 1."""
     _check_rule(n_steps, method)
     if method == 'midpoint': return (np.arange(n_steps) + .5)/n_steps, np.full(n_steps, 1/n_steps)
-    points, weights = np.polynomial.legendre.leggauss(n_steps)
+    points, weights = _legendre(n_steps)
     return (points + 1)/2, weights/2
 
 # %% ../nbs/06_integrated_gradients.ipynb #971fab44

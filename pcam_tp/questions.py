@@ -162,7 +162,8 @@ def gradients(self:Question, make=None, k=1, each=None):
     out = torch.zeros_like(self.x)
     def work(i, j):
         images = (make(i, j) if make else self.x[i]).detach().requires_grad_()
-        g = torch.autograd.grad(self._scale*self.ask(images, i).sum(), images)[0].float()/self._scale
+        g = torch.autograd.grad(self._scale*self.ask(images, i).sum(), images)[0].float()
+        if self._scale != 1: g = g/self._scale
         out.index_add_(0, i, each(g, i, j) if each else g)
     with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model): self.batches(k, work)
     return out
