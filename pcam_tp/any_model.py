@@ -82,7 +82,8 @@ def depth_maps(
 # %% ../nbs/14_any_model.ipynb #61dfabab
 def map_numbers(
     maps, # (N, H, W), raw
-    twins=None # maps of the same images by the untrained network
+    twins=None, # maps of the same images by the untrained network
+    model=None # whose crop, if it has one, they are compared in
 ) -> dict: # name → (N,) float64; NaN where a map has no positive value
     """What can be sorted by: 'half', the smallest share of the image that holds half of the positive values; 'row' and
     'column' of their centre, 0 to 1 from the top left; 'untrained', rank correlation with the untrained twin's map."""
@@ -93,7 +94,9 @@ def map_numbers(
     at = lambda axis: (torch.arange(v.shape[axis]) + .5)/v.shape[axis]
     row, column = (v.sum(2)*at(1)).sum(1)/total, (v.sum(1)*at(2)).sum(1)/total
     out = dict(half=half.where(total > 0, torch.nan), row=row, column=column)
-    return out if twins is None else out | dict(untrained=torch.from_numpy(rank_correlation(maps, twins)))
+    if twins is None: return out
+    seen = (maps, twins) if model is None else map(model.part, (maps, twins))
+    return out | dict(untrained=torch.from_numpy(rank_correlation(*seen)))
 
 # %% ../nbs/14_any_model.ipynb #a60c5b6c
 METHODS_SHOWN = 'gradcam', 'gradcam_pp', 'layercam'
@@ -173,7 +176,8 @@ def asked(self:_Analysis, paths, read):
     except _UNREADABLE as e:
         if len(paths) == 1: return {paths[0]: self.failed(paths[0], e)}
         return {p: r for one in paths for p, r in self.asked([one], read).items()}
-    numbers = {f'{k}_{n}': v for k in self.methods for n, v in map_numbers(maps[k], maps[f'{k}, untrained']).items()}
+    of = {k: map_numbers(maps[k], maps[f'{k}, untrained'], self.model) for k in self.methods}
+    numbers = {f'{k}_{n}': v for k, found in of.items() for n, v in found.items()}
     out = {}
     for i, p in enumerate(paths):
         out[p] = self.row(p, prob[i], {k: None if v[i].isnan() else float(v[i]) for k, v in numbers.items()})

@@ -266,6 +266,20 @@ def _ask_network(self:Classifier, z):
         if hooks: self.needs_tape = True
     return self._ask_network(z.contiguous(memory_format=self.layout))
 
+# %% ../nbs/foundation/11_classifier.ipynb #4854af46
+@patch
+def part(self:Classifier, maps):
+    "The part of maps or masks (…, H, W) that the network sees: outside of it all maps are 0, so all agree."
+    rows, cols = self.window(*maps.shape[-2:])
+    return maps[..., rows, cols]
+
+@patch
+def within(self:Classifier, move, maps):
+    "What `move` makes of that part of the maps (N, H, W), and 0 outside."
+    out, (rows, cols) = torch.zeros_like(maps), self.window(*maps.shape[1:])
+    out[:, rows, cols] = move(maps[:, rows, cols])
+    return out
+
 # %% ../nbs/foundation/11_classifier.ipynb #6b714d6d
 @patch
 def inside(self:Classifier, h, w):

@@ -8,7 +8,7 @@ __all__ = ['CONTROLS', 'CONTROL_KINDS', 'random_map', 'centre_map', 'edge_map', 
 
 # %% ../nbs/foundation/13_controls.ipynb #ea8ad2fe
 import contextlib, threading
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -97,6 +97,17 @@ def untrained(
             if id(p) not in done: p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
     return fresh.to(model.device).eval()
 
+# %% ../nbs/foundation/13_controls.ipynb #4139fd7e
+def _check_names(explainers):
+    "A name must not look like that of a control."
+    if wrong := [k for k in explainers if k.rpartition(', ')[0] in explainers]:
+        raise ValueError(f'explainers are named {wrong}, as controls of others would be: take names without the comma')
+
+def _check_controls(controls, n):
+    if unknown := set(controls) - set(CONTROL_KINDS):
+        raise ValueError(f'controls {sorted(unknown)}: expected some of {", ".join(CONTROL_KINDS)}')
+    if 'other' in controls and n < 2: raise ValueError('control other needs at least two images')
+
 # %% ../nbs/foundation/13_controls.ipynb #80840e13
 CONTROL_KINDS = 'other', 'untrained', 'shifted'
 
@@ -111,15 +122,15 @@ def with_controls(
 ) -> dict: # name → maps (N, H, W) on the model's device, raw; a control's name is 'METHOD, CONTROL'
     "Maps and those of their controls. `ValueError` for a control that does not exist or fit."
     controls = [controls] if isinstance(controls, str) else controls
-    if unknown := set(controls) - set(CONTROL_KINDS):
-        raise ValueError(f'controls {sorted(unknown)}: expected some of {", ".join(CONTROL_KINDS)}')
-    if 'other' in controls and len(x) < 2: raise ValueError('control other needs at least two images')
+    _check_names(explainers)
+    _check_controls(controls, len(x))
     tested, twins = {k: e for k, e in explainers.items() if e.source != 'control'}, {}
     if 'untrained' in controls and tested:
         if target is None: target = predict(model, x, options.get('batch_size')).argmax(1)   # not the twin's
         twins = answers(tested, untrained(model, seed), x, target, seed=seed, **options)
     moved, out = dict(shifted=shifted, other=other), {}
-    def control(c, name, maps): return twins[name][0] if c == 'untrained' else moved[c](maps, seed)
+    def control(c, name, maps):
+        return twins[name][0] if c == 'untrained' else model.within(partial(moved[c], seed=seed), maps)
     for name, (maps, _) in answers(explainers, model, x, target, seed=seed, **options).items():
         out |= {name: maps} | {f'{name}, {c}': control(c, name, maps) for c in controls if name in tested}
     return out

@@ -25,7 +25,7 @@ def _order(q, maps, unit):
     if isinstance(unit, np.ndarray): unit = torch.from_numpy(unit)
     if not torch.is_tensor(unit): unit = _at_least_one('unit', unit)
     elif unit.ndim == 3: unit = q.take(unit, 'unit')
-    return unit_places(maps, unit, q.seed)
+    return unit_places(maps, unit, q.seed, q.row_numbers)
 
 def _one_curve(steps, **_): return _at_least_one('steps', steps) + 1
 

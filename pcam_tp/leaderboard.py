@@ -23,7 +23,7 @@ from torch import nn
 
 # %% ../nbs/13_leaderboard.ipynb #cfde0e2a
 from .classifier import Classifier, copied, evaluating, predict
-from .controls import CONTROL_KINDS, CONTROLS, seeded, untrained, with_controls
+from .controls import CONTROL_KINDS, CONTROLS, _check_names, seeded, untrained, with_controls
 from .core import atomic, home, progress, run_name, save_figure, save_table
 from .data import open_splits, subset, to_float
 from .detective import shortcut_test
@@ -76,6 +76,7 @@ def _n_passes(e, m, shape):
 def _entries(methods, model):
     "Explainers by name, those that know nothing among them."
     chosen = choose(methods, model)
+    _check_names(chosen)
     return chosen | {k: e for k, e in CONTROLS.items() if k not in chosen}
 
 # %% ../nbs/13_leaderboard.ipynb #fcb19373
@@ -104,9 +105,12 @@ def plan(
 
 # %% ../nbs/13_leaderboard.ipynb #b626b019
 def _digest(*values):
-    "A name for tensors, texts and numbers."
+    "A name for tensors, texts, numbers, and lists and dicts of them: every bit counts."
     h = hashlib.blake2b(digest_size=10)
     for v in values:
+        if isinstance(v, np.ndarray): v = torch.from_numpy(v)
+        if isinstance(v, dict): v = sorted(v.items(), key=str)
+        if isinstance(v, (list, tuple)): v = _digest(*v)
         h.update(f'{v.dtype} {tuple(v.shape)}'.encode() if torch.is_tensor(v) else str(v).encode() + b';')
         if torch.is_tensor(v): h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
@@ -129,7 +133,7 @@ class _Bench:
         self.twin = untrained(model, seed) if 'untrained' in controls else None
         self.folder = None if keep is False else Path(keep or home('data', 'leaderboard'))
         self.asked = list(questions(model, x, target, seed=seed, **options))   # they keep what all methods share
-        self.made_of = _digest(_network(model), x, target, masks, seed, sorted(options.items(), key=str))
+        self.made_of = _digest(_network(model), x, target, masks, seed, options)
 
     def remakers(self, name, e):
         "How the maps of other images are made, for the rows that can."
@@ -164,7 +168,7 @@ def values(self:_Bench, name, e):
     for metric, m in self.metrics.items():
         if self.bar is not None: self.bar.set_postfix_str(f'{name} by {metric}')
         work = lambda: self.measure(m, maps, remakers)
-        label = _digest(self.made_of, metric, sorted(m.settings.items(), key=str), m.score, _written(m),
+        label = _digest(self.made_of, metric, m.settings, m.score, _written(m),
                         *sum(maps.items(), ()))
         out[metric] = self.kept(f'{name}-{metric}-{label}', work)
     return out, fixed
@@ -213,17 +217,22 @@ def _metric_rows(values, m, fixed, by, seed, decide=DECIDE):
     for name, v in values.items():
         method, _, control = name.rpartition(', ')
         if method not in values: method, control = name, name if name in CONTROLS else 'none'
-        rows.append(dict(method=method, control=control, **_mean(v, by, seed)))
-        if method == name: continue
         d = sign*(values[method] - v)
+        rows.append(dict(method=method, control=control, **_mean(np.where(np.isnan(d), np.nan, v), by, seed)))
+        if method == name: continue
         i, columns = _mean(d, by, seed), dict(difference='mean', difference_lo='lo', difference_hi='hi')
-        rows[-1] |= {k: i[c] for k, c in columns.items()} | dict(patches=i['patches'], n=i['n'], of=len(sums))
+        rows[-1] |= {k: i[c] for k, c in columns.items()} | dict(of=len(sums))
         sums.append(_sums(d, by))
     table = pd.DataFrame(rows).reindex(columns=_COLUMNS)
-    ranked = (table.control == 'none') & ~table.method.isin(fixed) & (m.higher is not None)
-    table['rank'] = (-sign*table['mean']).where(ranked).rank(method='min')
+    own = table.method[(table.control == 'none') & ~table.method.isin(fixed) & (m.higher is not None)]
+    table['rank'] = table.method.map(_ranks({k: sign*values[k] for k in own})).where(table.control == 'none')
     beyond = True if m.chance is None else sign*(table['mean'] - m.chance) > 0
     return _tested(table, rows, np.array(sums).T, seed, decide, beyond)
+
+def _ranks(values):
+    "Places of methods by their means over the patches on which each can be judged, highest first; ties share one."
+    of = pd.DataFrame(values, dtype=float).dropna(axis=1, how='all')   # one that is never judged has no place
+    return of.dropna().mean().rank(method='min', ascending=False)
 
 _COLUMNS = ['method', 'control', 'patches', 'n', 'mean', 'lo', 'hi', 'difference', 'difference_lo', 'difference_hi']
 

@@ -32,6 +32,10 @@ def _share(masks):
     share = masks.float().mean((1, 2))
     return share.where((share > 0) & (share < 1), torch.nan)
 
+def _top(q, maps, k):
+    "The k[i] highest pixels of each map (n, H, W); among equal values a seeded draw decides."
+    return unit_places(maps, seed=q.seed, numbers=q.row_numbers)[0] < k.to(maps.device)[:, None, None]
+
 def _near(masks, tolerance):
     "Pixels in the mask or at most `tolerance` pixels away from it."
     if tolerance < 0: raise ValueError(f'tolerance is {tolerance}: expected pixels, 0 or more')
@@ -48,7 +52,7 @@ def pointing_game(q, maps, masks,
     """Does the largest value lie in the mask (1 or 0), less the share of pixels where it would.
     Among equal values a seeded draw decides. `details`: 'hit', 'share'. NaN where all or no pixels would be a hit."""
     near = _near(masks, tolerance)
-    hit, share = ((unit_places(maps, seed=q.seed)[0] == 0) & near).flatten(1).any(1).float(), _share(near)
+    hit, share = (_top(q, maps, torch.ones(len(maps))) & near).flatten(1).any(1).float(), _share(near)
     return (hit - share, dict(hit=hit.where(share.isfinite(), torch.nan), share=share)) if details else hit - share
 
 # %% ../nbs/10_localisation.ipynb #21ba07d7
@@ -58,10 +62,6 @@ def relevance_mass(q, maps, masks, *, details=False):
     `details`: 'inside', 'share'. NaN where the mask is empty or full, or nothing in the map is positive."""
     inside, share = mass_inside(maps, masks).to(maps.device), _share(masks)
     return (inside - share, dict(inside=inside, share=share)) if details else inside - share
-
-def _top(q, maps, k):
-    "The k[i] highest pixels of each map (n, H, W); among equal values a seeded draw decides."
-    return unit_places(maps, seed=q.seed)[0] < k[:, None, None]
 
 @metric(higher=True, source='Arras et al. 2022', score=None, needs='masks', chance=0.)
 def rank_accuracy(q, maps, masks, *, details=False):
@@ -203,11 +203,14 @@ def replacement_distance(
 ) -> pd.DataFrame: # a row per replacement: rho and off with their intervals, bias, size, n
     """How far painted-over effects are from the truth: `rho`, the mean rank correlation over a patch's parts (1 is the
     truth); `off`, the mean absolute difference, in units of the score, beside `size`, the mean |true effect|; `bias`,
-    the mean difference, positive where paint exaggerates. A patch whose effects are all equal counts as ρ = 0."""
-    rows = []
+    the mean difference, positive where paint exaggerates. A patch whose effects are all equal counts as ρ = 0; one with
+    fewer than 3 parts has no ρ and is left out of everything."""
+    rows, enough = [], (~truth.isnan()).sum(1) >= 3
+    truth, by = truth[enough], None if by is None else np.asarray(by)[enough.numpy()]
+    if not len(truth): raise ValueError('truth: expected a patch with at least 3 parts')
     for name, d in painted.items():
+        d, row = d[enough], dict(kind=name)
         rho, off = removal_scores(truth, d.double())['rho'].nan_to_num(0), (d - truth).abs().nanmean(1)
-        row = dict(kind=name)
         for k, i in dict(rho=interval(rho, by), off=interval(off, by)).items():
             row |= {k: i.estimate, f'{k}_low': i.low, f'{k}_high': i.high, 'n': i.n}
         rows.append(row | dict(bias=(d - truth).nanmean().item(), size=truth.abs().nanmean().item()))

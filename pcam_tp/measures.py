@@ -17,21 +17,22 @@ from fastcore.basics import patch
 
 from .classifier import SCORES, Classifier, predict
 from .core import progress
-from .questions import _known, answers, questions, replaced
+from .questions import _checked as _finite_inside, _known, answers, questions, replaced
 
 # %% ../nbs/foundation/15_measures.ipynb #db71676b
-def _drawn(row, seed):
-    "A random order of the entries of an array that hangs on them and the seed alone, not on batch or device."
-    digest = hashlib.blake2b(row.tobytes(), key=str(seed).encode(), digest_size=16).digest()
+def _drawn(row, key):
+    "A random order of the entries of an array that hangs on them and the key alone, not on batch or device."
+    digest = hashlib.blake2b(row.tobytes(), key=key.encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, 'big')).permutation(len(row))
 
-def _descending(values, seed):
-    "Columns of each row from the largest value to the smallest; among equal ones a draw decides."
+def _descending(values, keys):
+    "Columns of each row from the largest value to the smallest; among equal ones a draw by the row's key decides."
     ranked, order = values.sort(1, descending=True)
     tied = (ranked[:, 1:] == ranked[:, :-1]).any(1).nonzero()[:, 0]
     if len(tied):
         rows = values[tied] + 0.   # −0 becomes 0: equal maps, equal bytes
-        drawn = torch.from_numpy(np.stack([_drawn(row, seed) for row in rows.cpu().numpy()])).to(order.device)
+        drawn = [_drawn(row, keys[k]) for k, row in zip(tied.tolist(), rows.cpu().numpy())]
+        drawn = torch.from_numpy(np.stack(drawn)).to(order.device)
         order[tied] = drawn.gather(1, rows.gather(1, drawn).argsort(dim=1, descending=True, stable=True))
     return order
 
@@ -58,12 +59,13 @@ def _regions(unit, maps):
 def unit_places(
     maps:torch.Tensor, # (n, H, W), signed
     unit=1, # side of a square in pixels, or region numbers (n, H, W) or (H, W), e.g. superpixels
-    seed:int=0 # of the draw among equal values
+    seed:int=0, # of the draw among equal values
+    numbers=None # of the images, such as `Question.row_numbers`; without them equal maps share a draw
 ) -> tuple: # places (n, H, W) int64, 0 = most relevant; number of units of each image (n,)
     "At which place of the order each pixel's unit comes."
     if isinstance(unit, int) and unit == 1: values, cells, count = maps.flatten(1), None, None
     else: values, cells, count = _means(maps, _regions(unit, maps).flatten(1))
-    order = _descending(values, seed)
+    order = _descending(values, [f'{seed} {k}' for k in numbers or ['']*len(maps)])
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     place = torch.empty_like(order).scatter_(1, order, places)
     if cells is None: return place.view_as(maps), torch.full((len(maps),), place.shape[1], device=maps.device)
@@ -89,6 +91,7 @@ def unit_curve(
     onto = q.baseline() if onto is None else onto
     share = torch.linspace(0, 1, steps + 1, device=place.device, dtype=torch.float64)
     first = (share*count[:, None] + .5).long()   # units at each step, the nearest whole number
+    if insert: first = count[:, None] - first.flip(1)   # shown at one share is what deletion leaves at the other
     def make(i, j):
         seen = (place[i] < first[i, j][:, None, None]) == insert
         return replaced(q.x[i], onto[i], seen)
@@ -142,6 +145,7 @@ def on(self:_Metric, q, maps, extra=None, details=False, score=None, **options):
     options = self.usual | options
     if self.needs and extra is None: raise ValueError(f'{self.f.__name__} needs {self.needs}: none given')
     q = _asking(q, score or self.score or q.score, options.pop('baseline', q.hides))
+    if self.needs == 'masks': maps, extra = q.model.part(maps), q.model.part(extra)   # chance knows no dead pixels
     if 'details' in self.own: options['details'] = details
     found = self.f(q, maps, *[extra] if self.needs else [], **options)
     values, known = found if isinstance(found, tuple) else (found, {})
@@ -179,7 +183,7 @@ def remaker(
     def remake(q, images):
         q = q.at(images)
         if model is not None: q.model = model
-        return explainer.on(q)[0].detach().float()
+        return _finite_inside(explainer.__name__, q, *explainer.on(q))[0]
     return remake
 
 def measure(

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from scipy.stats import spearmanr
 
 from .maps import entropy, gini
+from .faithfulness import _order
 from .measures import metric, unit_curve, unit_places
 from .questions import autocast, replaced
 
@@ -134,7 +135,7 @@ def road(q, maps,
     """ROAD: half the score with the least relevant removed less that with the most relevant removed, mean over shares.
     Removed pixels are imputed, whatever the baseline. NaN where there is one unit only.
     `details`: 'morf' and 'lerf', scores (N, shares)."""
-    place, count = unit_places(maps, unit, q.seed)
+    place, count = _order(q, maps, unit)
     last = count.cpu()[:, None] - 1
     cut = (_shares(shares)*(last + 1) + .5).long().clamp(min=1).minimum(last).to(q.device)
     static = torch.stack([torch.randn(q.x.shape[1:], generator=g) for g in q.dice('remv')]).to(q.device)*noise
@@ -231,7 +232,7 @@ def normalised_aopc(q, maps,
     cells, R = _cells(regions, maps)
     if beam is None and R > 12: raise ValueError(f'beam is None with {R} regions: expected at most 12, or a number')
     if beam is not None and beam < 1: raise ValueError(f'beam is {beam}: expected at least 1, or None')
-    place, count = unit_places(maps, cells, q.seed)
+    place, count = unit_places(maps, cells, q.seed, q.row_numbers)
     curve = unit_curve(q, place, count, R).cpu().double()
     aopc = (curve[:, :1] - curve).mean(1)
     key = 'limits', beam, regions if isinstance(regions, int) else id(regions)

@@ -140,12 +140,16 @@ HAAS_CONTROLS = 'constant', 'shuffled', 'other'
 
 def haas_controls(
     a:torch.Tensor, # (N, H, W) in [−1, 1], N > 1
-    seed:int=0
+    seed:int=0,
+    model:Classifier=None # controls keep to what it sees; to the whole map if None
 ) -> dict: # name → (N, H, W)
     "What HAAS owes to contrast, to the values of the map and to what all maps share: see `HAAS_CONTROLS`."
-    drawn = (torch.randperm(a[0].numel(), generator=row_dice(seed, i, 'maxs')) for i in range(len(a)))
-    mixed = torch.stack([m.flatten()[order.to(m.device)].view_as(m) for m, order in zip(a, drawn)])
-    return dict(zip(HAAS_CONTROLS, (a.mean((1, 2), keepdim=True).expand_as(a), mixed, other(a, seed))))
+    def constant(a): return a.mean((1, 2), keepdim=True).expand_as(a)
+    def mixed(a):
+        drawn = (torch.randperm(a[0].numel(), generator=row_dice(seed, i, 'maxs')) for i in range(len(a)))
+        return torch.stack([m.flatten()[order.to(m.device)].view_as(m) for m, order in zip(a, drawn)])
+    kinds = zip(HAAS_CONTROLS, (constant, mixed, lambda a: other(a, seed)))
+    return {k: move(a) if model is None else model.within(move, a) for k, move in kinds}
 
 # %% ../nbs/09c_robustness.ipynb #82b74093
 def haas_table(
@@ -162,7 +166,7 @@ def haas_table(
     for name, v in a.items():
         v, after = torch.as_tensor(v).to(x.device), right(highlighted(x, v))
         own = interval((after, before), statistic=_ratio, **options)
-        for control, c in haas_controls(v, seed).items():
+        for control, c in haas_controls(v, seed, model).items():
             beside = right(highlighted(x, c))
             gap = interval((after, beside, before), statistic=_gap, **options)
             rows.append(dict(name=name, estimate=own.estimate, low=own.low, high=own.high, control=control,
@@ -207,7 +211,7 @@ def _holes_of(model, split, e, fractions):
     "Which pixels go at each fraction, the most relevant of the predicted class first: bits (N, fractions, bytes)."
     parts = []
     for k, (x, _) in enumerate(Batches(split, 256, device=model.device)):
-        place, count = unit_places(e(model, x, seed=k), seed=k)
+        place, count = unit_places(e(model, x, seed=k), seed=k, numbers=[*range(len(x))])
         cut = [(place < round(f*int(count[0]))).flatten(1).cpu().numpy() for f in fractions]
         parts.append(np.packbits(np.stack(cut, 1), axis=2))
     return np.concatenate(parts)

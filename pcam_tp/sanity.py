@@ -134,11 +134,11 @@ def randomised_maps(
     layers=None, order:str='cascading', # see `randomised`
     seed:int=0, # of weights and of all that is random in a method
     **options # of `questions.answers`
-) -> dict: # 'trained', then each stage → name → maps (N, H, W) on the processor
+) -> dict: # 'trained', then each stage → name → maps (N, H, W) on the processor; of a crop only what the network sees
     "Maps of the trained network and of its randomised copies, for the same classes."
     chosen = choose(explainers, model)
     if target is None: target = predict(model, x, options.get('batch_size')).argmax(1)
-    def ask(m): return {k: v.cpu() for k, (v, _) in answers(chosen, m, x, target, seed=seed, **options).items()}
+    def ask(m): return {k: m.part(v).cpu() for k, (v, _) in answers(chosen, m, x, target, seed=seed, **options).items()}
     return {'trained': ask(model)} | {name: ask(m) for name, m in randomised(model, layers, order, seed)}
 
 # %% ../nbs/12_sanity_checks.ipynb #f4e6494e

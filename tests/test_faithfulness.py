@@ -112,6 +112,15 @@ def test_a_reversed_map_reads_the_curves_backwards():
     assert_close(srg(model, X, MAPS, 1, steps=16), -srg(model, X, -MAPS, 1, steps=16), **NEAR)
 
 
+@pytest.mark.parametrize('unit, steps', [(8, 4), (8, 2), (24, 5), (9, 50)])
+def test_half_a_unit_is_rounded_alike(unit, steps):
+    "What insertion shows at a share is what deletion leaves at the rest, for odd numbers of units too: chance stays 0."
+    model = convolution()
+    options = dict(unit=unit, steps=steps, details=True)
+    back = insertion(model, X, -MAPS, 1, **options)[1]['curve'].flip(1)
+    assert_close(deletion(model, X, MAPS, 1, **options)[1]['curve'], back, **NEAR)
+
+
 def test_dice_gain_nothing():
     "On average over orders, for any network: chance of SRG is 0."
     model, x = convolution(), X[:1].expand(300, -1, -1, -1)

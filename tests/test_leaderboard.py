@@ -11,7 +11,7 @@ from torch import nn
 
 from pcam_tp import leaderboard as board
 from pcam_tp.classifier import Classifier
-from pcam_tp.controls import CONTROL_KINDS, CONTROLS, edge_map, other, shifted
+from pcam_tp.controls import CONTROL_KINDS, CONTROLS, edge_map, other, shifted, with_controls
 from pcam_tp.leaderboard import (METRICS, as_explainer, as_markdown, board_summary, certify, choose_metrics, leaderboard,
                                  metric_agreement, plan, plot_leaderboard, save_leaderboard)
 from pcam_tp.measures import metric
@@ -487,3 +487,35 @@ def test_better_is_no_worse_than_dice(m, sign):
     assert not table(-1 + .1*own)['random'] and table(-1 + .1*own)['untrained']
     for chance, better in ((own.mean() - sign, True), (own.mean() + sign, False)):
         assert table(1 + .1*own, SimpleNamespace(higher=m.higher, chance=chance))['none'] == better
+
+
+def test_places_are_of_the_same_patches():
+    "Who is blank where it is hard wins nothing, and a row's numbers are of the patches that it names."
+    hard, half = np.repeat([0., 1.], 20), np.repeat([np.nan, 1.], 20)
+    values = {'blank': half, 'blank, untrained': hard - 1, 'brave': hard + .1, 'brave, untrained': hard - 1}
+    t = board._metric_rows(values, METRICS['insertion'], set(), None, 0).set_index(['method', 'control'])
+    assert t['rank']['brave', 'none'] == 1 and t['rank']['blank', 'none'] == 2
+    row = t.loc['blank', 'untrained']
+    assert row.patches == row.n == 20 and row['mean'] == 0 and row.difference == 1 - row['mean']
+    never = board._metric_rows(values | dict(never=hard*np.nan), METRICS['insertion'], set(), None, 0)
+    assert never.set_index(['method', 'control'])['rank']['never', 'none'] != never['rank'].min() == 1
+
+
+@pytest.mark.parametrize('changed', ['unit', 'baseline'])
+def test_what_is_kept_knows_large_tensors(model, tmp_path, changed):
+    "Two tensors that differ where torch's own text of them has dots are two settings."
+    def asked(keep, where):
+        v = torch.zeros(N, 48, 48, dtype=torch.long) if changed == 'unit' else torch.zeros(3, 48, 48)
+        v[..., where, 10:20] = 1
+        m = METRICS['insertion'].using(steps=4, **{changed: v})
+        found = board.measured(model, X, 'saliency', dict(ins=m), controls=(), keep=keep)
+        return found.values['ins']['saliency']
+    first, second = asked(tmp_path, slice(8, 14)), asked(tmp_path, slice(20, 40))
+    np.testing.assert_array_equal(second, asked(False, slice(20, 40)))
+    assert (first != second).any()
+
+
+def test_a_name_is_no_control(model):
+    two = {k: METHODS['saliency'] for k in ('IG', 'IG, black')}
+    for f in (lambda: leaderboard(model, X, methods=two, metrics='srg', keep=False), lambda: with_controls(two, model, X)):
+        with pytest.raises(ValueError, match='named .*IG, black.*, as controls of others would be'): f()

@@ -74,7 +74,7 @@ def test_quantus_ties():
     "quantus 0.6.0: any tied maximum may hit, so that PointingGame gives a constant map True; ours draws one pixel."
     masks = torch.zeros(600, 6, 8, dtype=torch.bool)
     masks[:, :2, :3] = True
-    maps = torch.ones(600, 6, 8)*torch.arange(600)[:, None, None]
+    maps = torch.zeros(600, 6, 8)   # all alike, as those of an untrained network often are: each has a draw of its own
     hit = told(pointing_game, maps, masks, details=True)[1]['hit']
     assert abs(hit.mean() - 6/48) < .05   # standard error .0135
     inside = told(rank_accuracy, maps, masks, details=True)[1]['inside']
@@ -149,7 +149,8 @@ def test_one_image_does_not_change_another(model, name):
     f = LOCALISATION[name]
     whole = f(model, x, maps, 1, masks=masks)
     close(f(model, x, maps, 1, masks=masks, batch_size=2), whole, 1e-6)
-    close(f(model, x.flip(0), maps.flip(0), 1, masks=masks.flip(0)).flip(0), whole, 1e-6)
+    clear = torch.randn(5, 24, 24)   # among equal values the number of the image draws
+    close(f(model, x.flip(0), clear.flip(0), 1, masks=masks.flip(0)).flip(0), f(model, x, clear, 1, masks=masks), 1e-6)
     close(f(model, x, maps.cpu(), 1, masks=masks.cpu()), whole, 1e-6)
     assert all(torch.equal(a, b) for a, b in zip(before, (x, maps, masks))) and model.training == mode
     assert all(p.grad is None for p in model.parameters())
@@ -303,6 +304,14 @@ def test_distance_of_the_truth_from_itself():
     close(table.off['black'], (black.abs().sum(1)/torch.tensor([4, 6]).cpu()).mean(), 1e-5)
     close(table.bias['black'], black.sum()/10, 1e-5); close(table['size'].tolist(), [d['rendered'].abs().nanmean().item()]*2, 1e-5)
     assert table.rho_low.isna().all() and (table.n == 2).all()   # two slides: no interval
+
+
+def test_distance_leaves_out_patches_with_two_parts():
+    "Two parts have no order to be wrong about; the truth stays at 1."
+    d = torch.tensor([[1., 2., torch.nan], [1., 2., 3.], [3., 1., 2.]])
+    table = replacement_distance(d, dict(truth=d, other=d.flip(1))).set_index('kind')
+    assert table.rho['truth'] == 1 and table.off['truth'] == 0 and (table.n == 2).all()
+    with pytest.raises(ValueError, match='at least 3 parts'): replacement_distance(d[:1], dict(truth=d[:1]))
 
 
 def test_parts_of_real_drawings(model):

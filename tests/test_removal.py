@@ -259,6 +259,14 @@ def test_road_takes_units():
     assert road(network(), X, maps, 1, unit=24).isnan().all()
 
 
+def test_road_takes_regions_of_every_image():
+    "Each batch gets those of its own images, as arrays too; half a pixel is no side."
+    regions = (torch.arange(24)//8).expand(len(X), 24, 24) + torch.arange(len(X))[:, None, None] % 2
+    whole = road(network(), X, MAPS, 1, unit=regions)
+    near(road(network(), X, MAPS, 1, unit=regions.cpu().numpy(), batch_size=3), whole, 1e-3)
+    with pytest.raises(ValueError, match='unit is 2.5'): road(network(), X, MAPS, 1, unit=2.5)
+
+
 # Normalised AOPC
 
 @pytest.mark.parametrize('kind', ['additive', 'network'])
