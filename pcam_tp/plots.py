@@ -442,7 +442,7 @@ def _blurred(maps, sigma):
 def _with_notes(suptitle, shown, n, blur):
     "The heading, and what a reader must know: patches that are left out, and smoothing."
     notes = [f'the first {shown} of {n:,}']*(shown < n)
-    if blur: notes.append(f'maps blurred by {blur:g} pixels for viewing')
+    if blur: notes.append(f'maps blurred by {blur:g} pixel{"s"*(blur != 1)} for viewing')
     return f'{suptitle or "Maps"} ({"; ".join(notes)})' if notes else suptitle
 
 # %% ../nbs/foundation/06_plots.ipynb #780f21bc
