@@ -19,7 +19,8 @@ def _hirescam(A, g): return torch.einsum('nkhw,nkhw->nhw', g, A)
 def _layercam(A, g): return torch.einsum('nkhw,nkhw->nhw', g.relu(), A)
 def _alpha(A, g, eps=1e-6):
     "Grad-CAM++'s coefficients: 1/(2 + g·ΣA) wherever g is not 0."
-    return g*g/(2*g*g + A.sum((2, 3), keepdim=True)*g*g*g + eps)
+    square = g*g
+    return square/(2*square + A.sum((2, 3), keepdim=True)*square*g + eps)
 def _gradcam_pp(A, g): return torch.einsum('nk,nkhw->nhw', (_alpha(A, g)*g.relu()).sum((2, 3)), A)
 
 _FORMULAS = dict(gradcam=_gradcam, hirescam=_hirescam, gradcam_pp=_gradcam_pp, layercam=_layercam)

@@ -162,14 +162,16 @@ def gradients(self:Question, make=None, k=1, each=None):
     out = torch.zeros_like(self.x)
     def work(i, j):
         images = (make(i, j) if make else self.x[i]).detach().requires_grad_()
-        g = torch.autograd.grad(self._scale*self.ask(images, i).sum(), images)[0].float()
-        if self._scale != 1: g = g/self._scale
+        g = self._unscaled(torch.autograd.grad(self._scale*self.ask(images, i).sum(), images)[0].float())
         out.index_add_(0, i, each(g, i, j) if each else g)
     with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model): self.batches(k, work)
     return out
 
 @patch(as_prop=True)
 def _scale(self:Question): return 1024. if self.precision == 'fp16' else 1.
+
+@patch
+def _unscaled(self:Question, g): return g if self._scale == 1 else g/self._scale
 
 # %% ../nbs/foundation/12_questions.ipynb #b8a25996
 class _Taps:
@@ -202,7 +204,9 @@ def _tap(self:Question, layers, i):
             if 'One of the differentiated Tensors' not in str(e) and 'does not require grad' not in str(e): raise
             raise ValueError(f'the score does not depend on every layer of {list(layers)}') from e
     grid = lambda l, a: self.model.grid(a.detach().float(), l, self.x[i].shape)
-    return {l: (grid(l, kept[l]), grid(l, g)/self._scale) for l, g in zip(layers, grads)}
+    return {l: (grid(l, kept[l]), grid(l, self._unscaled(g))) for l, g in zip(layers, grads)}
+
+def _one(parts): return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 @patch
 def activations(self:Question,
@@ -213,7 +217,7 @@ def activations(self:Question,
     if new:
         with torch.inference_mode(False), evaluating(self.model):
             self.batches(1, lambda i, j: parts.append(self._tap(new, i)))
-        self._kept |= {l: tuple(map(torch.cat, zip(*(p[l] for p in parts)))) for l in new}
+        self._kept |= {l: tuple(map(_one, zip(*(p[l] for p in parts)))) for l in new}
     return {l: self._kept[l] for l in layers}
 
 # %% ../nbs/foundation/12_questions.ipynb #7e71ff76
