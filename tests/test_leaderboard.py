@@ -508,7 +508,7 @@ def test_what_is_kept_knows_large_tensors(model, tmp_path, changed):
         v = torch.zeros(N, 48, 48, dtype=torch.long) if changed == 'unit' else torch.zeros(3, 48, 48)
         v[..., where, 10:20] = 1
         m = METRICS['insertion'].using(steps=4, **{changed: v})
-        board.measured(model, X, 'saliency', dict(ins=m), controls=(), keep=tmp_path)
+        board.measured(model, X, 'random', dict(ins=m), controls=(), keep=tmp_path)   # exact on every device
         return len(list(tmp_path.iterdir()))
     once = asked(slice(8, 14))
     assert once and asked(slice(20, 40)) == 2*once and asked(slice(8, 14)) == 2*once
