@@ -206,8 +206,6 @@ def _tap(self:Question, layers, i):
     grid = lambda l, a: self.model.grid(a.detach().float(), l, self.x[i].shape)
     return {l: (grid(l, kept[l]), grid(l, self._unscaled(g))) for l, g in zip(layers, grads)}
 
-def _one(parts): return parts[0] if len(parts) == 1 else torch.cat(parts)
-
 @patch
 def activations(self:Question,
     *layers # names below `model.net`
@@ -217,7 +215,7 @@ def activations(self:Question,
     if new:
         with torch.inference_mode(False), evaluating(self.model):
             self.batches(1, lambda i, j: parts.append(self._tap(new, i)))
-        self._kept |= {l: tuple(map(_one, zip(*(p[l] for p in parts)))) for l in new}
+        self._kept |= {l: tuple(v[0] if len(v) == 1 else torch.cat(v) for v in zip(*(p[l] for p in parts))) for l in new}
     return {l: self._kept[l] for l in layers}
 
 # %% ../nbs/foundation/12_questions.ipynb #7e71ff76
