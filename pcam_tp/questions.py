@@ -215,8 +215,7 @@ def activations(self:Question,
     if new:
         with torch.inference_mode(False), evaluating(self.model):
             self.batches(1, lambda i, j: parts.append(self._tap(new, i)))
-        one = lambda v: v[0] if len(v) == 1 else torch.cat(v)
-        self._kept |= {l: tuple(map(one, zip(*(p[l] for p in parts)))) for l in new}
+        self._kept |= {l: tuple(v[0] if len(v) < 2 else torch.cat(v) for v in zip(*(p[l] for p in parts))) for l in new}
     return {l: self._kept[l] for l in layers}
 
 # %% ../nbs/foundation/12_questions.ipynb #7e71ff76
