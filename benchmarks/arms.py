@@ -71,6 +71,11 @@ def arm(f):
     return f
 
 
+def layout(low=False):
+    "Of images and weights, where a network runs without our classifier: the faster one, with 16 bits or with 32."
+    return torch.contiguous_format if S.device.type == 'cuda' and not low else torch.channels_last
+
+
 def folder():
     "The quick budget's synthetic patches."
     return synthetic_folder({s: BUDGETS['quick'][f'n_{s}'] for s in ('train', 'valid', 'test')})
@@ -206,11 +211,11 @@ def _network(name, **options):
     return build(name, **options).to(S.device)
 
 
-def _step(name, layout, precision='no', options={}, **adam):
-    "Seconds of a step of the bare network on one batch that lies on the device."
-    model = _network(name, **options).net.train().to(memory_format=layout)
+def _step(name, form, precision='no', options={}, **adam):
+    "Seconds of a step of the bare network on one batch that lies on the device, both in a layout `form`."
+    model = _network(name, **options).net.train().to(memory_format=form)
     opt = torch.optim.AdamW(model.parameters(), **adam)
-    x = torch.rand(S.batch, 3, 96, 96, device=S.device).contiguous(memory_format=layout)
+    x = torch.rand(S.batch, 3, 96, 96, device=S.device).contiguous(memory_format=form)
     y, low = torch.randint(0, 2, (S.batch,), device=S.device), dict(bf16=torch.bfloat16, fp16=torch.float16)
 
     def step():
@@ -223,8 +228,8 @@ def _step(name, layout, precision='no', options={}, **adam):
 
 for name in NETWORKS:
     def plain(name=name): return _step(name, torch.contiguous_format)
-    def fp32(name=name): return _step(name, torch.channels_last, setup(precision='no').precision)
-    def default(name=name): return _step(name, torch.channels_last, setup().precision)
+    def fp32(name=name): return _step(name, layout(), setup(precision='no').precision)
+    def default(name=name): return _step(name, layout((p := setup().precision) != 'no'), p)
     ARMS.update({f'step_{name}_plain': plain, f'step_{name}_fp32': fp32, f'step_{name}_default': default})
 
 
@@ -249,7 +254,8 @@ def train_small_cnn():
 def train_small_cnn_bare():
     "As many steps of the same network on one batch that lies on the device: no loading, no augmentation."
     fused = S.device.type == 'cuda'
-    return epoch_steps()*_step('small_cnn', torch.channels_last, setup().precision, COURSE, fused=fused)
+    precision = setup().precision
+    return epoch_steps()*_step('small_cnn', layout(precision != 'no'), precision, COURSE, fused=fused)
 
 
 # Four class activation maps of each patch, fp32
@@ -271,7 +277,6 @@ def _cam_library(name, single=False):
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     from pcam_tp.classifier import get_layer
     model, x = _cam_scene(name)
-    model = model.to(memory_format=torch.contiguous_format)
     layers = [get_layer(model, model.layers[-1])]
     explainers = [C(model=model, target_layers=layers) for C in (GradCAM, HiResCAM, GradCAMPlusPlus, LayerCAM)]
 
@@ -295,10 +300,10 @@ def _explainer(method): return getattr(import_module(f'pcam_tp.{METHODS[method]}
 def images(method): return S.fewer.get(method, S.images)
 
 
-def _scene(method, name, layout=torch.channels_last):
+def _scene(method, name):
     torch.manual_seed(0)
     x = F.interpolate(F.avg_pool2d(torch.rand(images(method), 3, 96, 96), 8), (96, 96), mode='bicubic').clamp(0, 1)
-    return _network(name).eval().to(memory_format=layout), x.to(S.device)
+    return _network(name).eval(), x.to(S.device)
 
 
 def _explained(method, name, precision):
@@ -323,7 +328,7 @@ def _passes_alone(model, x, total, backward):
     def work(batch):
         for n in range(0, some, batch):
             size = min(batch, some - n), -1, -1, -1
-            one = x[:1].expand(size).contiguous(memory_format=torch.channels_last).requires_grad_(backward)
+            one = x[:1].expand(size).contiguous(memory_format=layout()).requires_grad_(backward)
             with torch.set_grad_enabled(backward): out = model(one)
             if backward: torch.autograd.grad(out[:, 1].sum(), one)
     return total/some*min(seconds(partial(work, b), S.repeats) for b in S.batches)
@@ -331,7 +336,7 @@ def _passes_alone(model, x, total, backward):
 
 def _library(method, name, batches):
     "The fastest of captum's or lime's own code with each of `batches` images a pass; None is the library's default."
-    model, x = _scene(method, name, torch.contiguous_format)
+    model, x = _scene(method, name)
     call = dict(lime=_lime_library).get(method, _captum)(method, model, x)
     return min(seconds(partial(call, batch), S.repeats) for batch in batches)
 
@@ -398,7 +403,6 @@ def _sensitivity_captum(name, most=None):
     from captum.attr import Saliency
     from captum.metrics import sensitivity_max
     model, x = _cam_scene(name)
-    model = model.to(memory_format=torch.contiguous_format)
 
     def maps(images):
         images = images[0] if isinstance(images, tuple) else images
@@ -422,7 +426,7 @@ def _road_scene():
     n = 2 if S.quick else 4*S.images if S.device.type != 'cpu' else 4
     x = x[:1].expand(n, -1, -1, -1) + .05*torch.rand(n, 3, 96, 96).to(S.device)
     smooth = F.interpolate(torch.rand(n - n//2, 1, 6, 6), (96, 96), mode='bilinear')[:, 0]
-    return model.to(memory_format=torch.channels_last), x.clamp(0, 1), torch.cat([smooth, torch.rand(n//2, 96, 96)])
+    return model, x.clamp(0, 1), torch.cat([smooth, torch.rand(n//2, 96, 96)])
 
 
 PERCENTILES = 10, 20, 30, 40, 50, 60, 70, 80, 90
@@ -441,7 +445,7 @@ def road_course_library():
     from pytorch_grad_cam.metrics.road import ROADCombined
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
     model, x, maps = _road_scene()
-    model, targets = model.to(memory_format=torch.contiguous_format), [ClassifierOutputSoftmaxTarget(1)]*len(x)
+    targets = [ClassifierOutputSoftmaxTarget(1)]*len(x)
     return seconds(lambda: ROADCombined([*PERCENTILES])(x, maps.numpy(), targets, model), 1)
 
 
@@ -450,7 +454,7 @@ def road_course_bare():
     "As many passes without any removal."
     setup()
     model, x, _ = _road_scene()
-    x = x.repeat(2*len(PERCENTILES), 1, 1, 1).contiguous(memory_format=torch.channels_last)
+    x = x.repeat(2*len(PERCENTILES), 1, 1, 1).contiguous(memory_format=layout())
 
     def work(batch):
         with torch.no_grad(): return [model(part) for part in x.split(batch)]
@@ -459,8 +463,8 @@ def road_course_bare():
 
 # Insertion and deletion of the same maps, hidden pixels white; Quantus has deletion alone, in steps that divide the image
 
-def _curve_scene(name, layout=torch.channels_last):
-    model, x = _scene('curves', name, layout)
+def _curve_scene(name):
+    model, x = _scene('curves', name)
     return model, x, torch.rand(len(x), 96, 96, device=S.device)
 
 
@@ -474,7 +478,7 @@ def _curve_ours(metric, steps, name):
 
 def _curves_loop(name):
     "One image and one threshold at a time, on ranks rather than on the map's values."
-    model, x, maps = _curve_scene(name, torch.contiguous_format)
+    model, x, maps = _curve_scene(name)
 
     def work():
         for image, m in zip(x, maps):
@@ -495,7 +499,7 @@ def _flips_quantus(name):
     "Quantus' PixelFlipping at its defaults; its steps count values of channels."
     if not hasattr(np, 'trapz'): np.trapz = np.trapezoid   # gone in NumPy 2.4, and Quantus 0.6 looks for it
     PixelFlipping = import_module('quantus').PixelFlipping   # no requirement: bench.py leaves its rows out without it
-    model, x, maps = _curve_scene(name, torch.contiguous_format)
+    model, x, maps = _curve_scene(name)
     flip = PixelFlipping(features_in_step=3*96*96//S.flips, perturb_baseline='white', disable_warnings=True)
     given = dict(x_batch=x.cpu().numpy(), y_batch=np.ones(len(x), int), a_batch=maps[:, None].cpu().numpy())
     return seconds(lambda: flip(model=model, device=S.device.type, channel_first=True, **given), S.repeats)

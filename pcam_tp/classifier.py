@@ -187,7 +187,7 @@ class Classifier(nn.Module):
         if crop and isinstance(size, Resize): raise ValueError(f'crop is {crop}: say it in size, {size}')
         self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
         self.reshape, self.head, self.card = dict(layers) if isinstance(layers, dict) else {}, None, {}   # see `build`
-        self.layout, self.needs_tape, self.seen = torch.channels_last, False, False   # found out by use
+        self.flattens = self.needs_tape = self.seen = False   # found out by use
         like = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
         for name, v, low in (('mean', mean, 0), ('std', std, 1e-6)):
             self.register_buffer(name, _colour(name, v, low, 1).to(like), persistent=False)   # where the network is
@@ -223,6 +223,12 @@ def sees(self:Classifier, h, w):
 
 # %% ../nbs/foundation/11_classifier.ipynb #2d93be61
 @patch
+def _layout(self:Classifier, x):
+    "Colours side by side (channels_last), but not for a network that flattens, nor for float32 on CUDA."
+    slow = x.is_cuda and x.dtype == torch.float32 and not torch.is_autocast_enabled()   # its convolutions turn it back
+    return torch.contiguous_format if slow or self.flattens else torch.channels_last
+
+@patch
 def preprocess(self:Classifier, x):
     "Images (N, 3, H, W) in [0, 1] to what the network sees."
     if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
@@ -230,7 +236,7 @@ def preprocess(self:Classifier, x):
     x = x.to(self.mean.dtype)
     if isinstance(self.size, Resize): x = self.size(x)
     else: x = self._cut_and_resize(x)
-    return ((x - self.mean)/self.std).contiguous(memory_format=self.layout)
+    return ((x - self.mean)/self.std).contiguous(memory_format=self._layout(x))
 
 # %% ../nbs/foundation/11_classifier.ipynb #52fab2ba
 @patch
@@ -259,12 +265,11 @@ def _ask_network(self:Classifier, z):
         if not self.needs_tape: return self.net(z)
         with torch.enable_grad(): return self.net(z)
     except RuntimeError as e:
-        flattens = 'view size is not compatible' in str(e) and self.layout == torch.channels_last
+        flattens = 'view size is not compatible' in str(e) and not self.flattens
         hooks = 'register a hook' in str(e) and not self.needs_tape
         if not flattens and not hooks: raise
-        if flattens: self.layout = torch.contiguous_format
-        if hooks: self.needs_tape = True
-    return self._ask_network(z.contiguous(memory_format=self.layout))
+        self.flattens, self.needs_tape = self.flattens or flattens, self.needs_tape or hooks
+    return self._ask_network(z.contiguous(memory_format=self._layout(z)))
 
 # %% ../nbs/foundation/11_classifier.ipynb #4854af46
 @patch

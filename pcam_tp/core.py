@@ -413,14 +413,14 @@ def _small_convolutions(device):
     for i, (a, b) in enumerate(pairwise(widths)):
         stride = 2 if i < 2 or a != b else 1   # 96 pixels → 48 → 24 → 12 → 6 → 3
         layers += [torch.nn.Conv2d(a, b, 3, stride, 1, **like), torch.nn.BatchNorm2d(b, **like), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers).to(memory_format=torch.channels_last).eval()
+    return torch.nn.Sequential(*layers).eval()
 
 # %% ../nbs/foundation/00_core.ipynb #ddd0d1b0
 def _fastest_batch(device, most, limit=.5):
     "The smallest batch of 32 … 1,024 images (96×96) within 7 % of the best throughput, found in `limit` seconds."
     net, rates = _small_convolutions(device), {}
     def seconds(n, repeats, limit):
-        x = torch.rand(n, 3, 96, 96, device=device, dtype=torch.float32).to(memory_format=torch.channels_last)
+        x = torch.rand(n, 3, 96, 96, device=device, dtype=torch.float32)
         return _seconds(lambda: net(x), device, repeats, limit)
     seconds(1, 1, limit)   # libraries are loaded before the clock starts
     start = time.perf_counter()

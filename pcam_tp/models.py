@@ -123,7 +123,7 @@ def build(
     freeze:bool=False, # only the head learns
     **options # of small_cnn: `head`, `width`, `dropout`
 ) -> Classifier:
-    "A model by name in channels_last layout; its card says how it was built and what was loaded."
+    "A model by name; its card says how it was built and what was loaded."
     arch, classes = _check(name, n_classes, classes, geometry, pretrained, options)
     state = (imagenet_weights(name) if pretrained is True else read_weights(pretrained)) if pretrained else None
     usual = (dict(size=arch.size) if arch.size else {}) | (dict(zip(('mean', 'std'), arch.imagenet)) if state else {})
@@ -136,7 +136,7 @@ def build(
                 pretrained=state is not None, freeze=False)
     model = Classifier(net, arch.layers.split(), classes=classes, **geometry)
     model.card, model.head = json.loads(json.dumps(card)), arch.head
-    return (model.freeze() if freeze else model).to(memory_format=torch.channels_last)
+    return model.freeze() if freeze else model
 
 # %% ../nbs/01_models.ipynb #4c062699
 def _check_size(name, net, geometry):

@@ -148,34 +148,80 @@ class _Run:
         self.net = DistributedDataParallel(model) if accelerator.num_processes > 1 else model
         weights = _class_weights(r.class_weights, train_split.y, len(model.classes))
         self.weights = None if weights is None else weights.to(self.device)
-        self.history, self.best = [], None
+        self.history, self.best, self.noise, self.recorded = [], None, torch.Generator(self.device), None
 
-    def noise(self):
-        "A generator for augmentation; it and the global one (dropout) are set by seed, epoch and process."
+    def reseed(self):
+        "Set the generator of augmentation and the global one (dropout) by seed, epoch and process."
         entropy = [self.recipe['seed'], len(self.history), self.accelerator.process_index]
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         torch.manual_seed(seed)
-        return torch.Generator(self.device).manual_seed(seed)
+        self.noise.manual_seed(seed)
 
 # %% ../nbs/foundation/14_training.ipynb #785d756a
 @patch
-def step(self:_Run, x, y, noise):
-    "One batch; its loss, which stays on the device: nobody waits for it."
-    with self.accelerator.autocast(): logits = self.net(augment(x, noise, self.recipe['stain']))
+def gradients(self:_Run, x, y):
+    "New gradients of one batch; its loss, which stays on the device: nobody waits for it."
+    self.opt.zero_grad()
+    with self.accelerator.autocast(): logits = self.net(augment(x, self.noise, self.recipe['stain']))
     loss = F.cross_entropy(logits.float(), y, self.weights)
     self.accelerator.backward(loss)
-    self.opt.step(); self.opt.zero_grad()
-    if self.recipe['schedule'] == 'one_cycle': self.schedule.step()
     return loss.detach()
 
+@patch
+def step(self:_Run, x, y):
+    loss = (self.recorded or self.gradients)(x, y)
+    self.opt.step()
+    if self.recipe['schedule'] == 'one_cycle': self.schedule.step()
+    return loss
+
+# %% ../nbs/foundation/14_training.ipynb #3b659f64
+_KNOWN = 'torch.nn.', 'torchvision.', 'pcam_tp.'
+
+def _steady(run):
+    "Does every step launch the same work on a GPU? Then it can be recorded."
+    def known(m):
+        hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        return type(m).__module__.startswith(_KNOWN) and 'forward' not in vars(m) and not hooks
+    alone = run.accelerator.num_processes == 1 and run.accelerator.mixed_precision != 'fp16'   # its scale changes
+    return run.device.type == 'cuda' and alone and all(map(known, run.model.modules()))
+
+class _Recorded:
+    "Work on tensors of a GPU, recorded as a CUDA graph: a call replays it on other values."
+    def __init__(self, work, inputs, dice):
+        self.inputs, aside = inputs, torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3): work(*inputs)   # whatever is made once is made now
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(dice)
+        with torch.cuda.graph(self.graph): self.out = work(*inputs)
+
+    def __call__(self, *values):
+        for place, v in zip(self.inputs, values): place.copy_(v)
+        self.graph.replay()
+        return self.out
+
+# %% ../nbs/foundation/14_training.ipynb #d58a4afa
+@patch
+def record(self:_Run):
+    "From now on gradients are replayed. The network learns nothing meanwhile."
+    before, n, side = copy.deepcopy(self.model.state_dict()), self.recipe['batch_size'], self.batches.split.side
+    x, y = torch.zeros(n, 3, side, side, device=self.device), torch.zeros(n, dtype=torch.int64, device=self.device)
+    self.model.train()
+    self.recorded = _Recorded(self.gradients, (x, y), self.noise)
+    self.model.load_state_dict(before)
+
+# %% ../nbs/foundation/14_training.ipynb #8624b49f
 @patch
 def epoch(self:_Run, bar):
     "One pass over the batches; the mean training loss."
     self.model.train()
     give_way()   # somebody may have come
-    noise, self.batches.epoch, total = self.noise(), len(self.history), 0.
+    self.reseed()
+    self.batches.epoch, total = len(self.history), 0.
     for x, y in self.batches:
-        total = total + self.step(x, y, noise)
+        total = total + self.step(x, y)
         bar.update()
     return self.accelerator.reduce(total/len(self.batches), 'mean').item()
 
@@ -269,7 +315,8 @@ def _run(run, valid, checkpoint):
     total, done = run.recipe['epochs']*len(run.batches), len(run.history)*len(run.batches)
     quiet = not run.accelerator.is_main_process
     bar = progress(total=total, initial=done, desc='training', unit='batch', disable=quiet)
-    with bar, torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):   # batches of one size: the fastest kernels
+    with bar, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):   # `flags` alone would switch cuDNN off
+        if _steady(run): run.record()
         while not run.done():
             start, rate = time.perf_counter(), run.opt.param_groups[0]['lr']
             loss = run.epoch(bar)
@@ -278,6 +325,7 @@ def _run(run, valid, checkpoint):
             bar.set_postfix(valid_auc=f"{run.history[-1]['valid_auc']:.3f}")
             if checkpoint: run.save(checkpoint)
     run.model.load_state_dict(run.best[2])
+    run.opt.zero_grad()
     return pd.DataFrame(run.history)
 
 # %% ../nbs/foundation/14_training.ipynb #656128ed

@@ -76,3 +76,30 @@ assert torch.cuda.is_fake and all(p.is_cuda for p in model.parameters()), 'train
 assert not any(torch.equal(p, b.cuda()) for p, b in zip(model.parameters(), before)), 'some parameters stood still'
 assert len(history) == 6 and history.train_loss.iloc[-1] < history.train_loss.iloc[0], history
 ''', env=ON)
+
+
+def test_recorded_training():
+    "Steps that are replayed learn what single ones learn: same losses, same weights; a network with hooks is launched."
+    python('''
+from unittest import mock
+import torch
+from pcam_tp import training
+from pcam_tp.data import open_split, subset
+from pcam_tp.models import build
+few = [subset(open_split(s), n) for s, n in (('train', 64), ('valid', 32))]
+def learned(records, **options):
+    model, replayed = build('small_cnn', width=.1, dropout=.3), []
+    steady, record = training._steady, training._Run.record
+    if records == 'hooks': model.net[0].register_forward_hook(lambda *a: None)
+    def noted(run): record(run); replayed.append(run.recorded)
+    with mock.patch.object(training, '_steady', lambda run: steady(run) and records), \\
+         mock.patch.object(training._Run, 'record', noted):
+        history = training.train(model, *few, epochs=4, batch_size=16, **options)
+    assert all(p.grad is None for p in model.parameters())
+    return history.train_loss.tolist(), model.state_dict(), len(replayed)
+for options in (dict(precision='no'), dict(precision='bf16', schedule='plateau', class_weights=(1, 3))):
+    (l0, w0, n0), (l1, w1, n1) = [learned(r, **options) for r in (False, True)]
+    assert (n0, n1) == (0, 1) and l0 == l1, (n0, n1, l0, l1)
+    assert all(torch.equal(w0[k], w1[k]) for k in w0), 'other weights'
+assert learned('hooks', precision='no')[2] == learned(True, precision='fp16')[2] == 0
+''', env=ON | {'FAKE_CUDA_JITTER': '0'})

@@ -16,8 +16,8 @@ no-op device guard and one slot of CUDA's table of hooks (`_patch_engine`) are p
 What it cannot show: faults of real kernels (TF32, overflow of half precision sums, operators that CUDA lacks, indices
 out of range), memory, the order of launches, streams, speed; attention other than by its formula, LSTM and GRU
 through cuDNN, sparse, quantized and nested tensors; the numbers that CUDA draws from a seed (they differ from the
-processor's here too, but are not CUDA's own). `type(t) is torch.Tensor` is False. No `torch.compile`, CUDA graphs,
-Triton, NCCL, second device.
+processor's here too, but are not CUDA's own). `type(t) is torch.Tensor` is False. No `torch.compile`, Triton, NCCL,
+second device.
 """
 import atexit, copy, ctypes, functools, math, os, re, sys, time, types, warnings, weakref, zlib
 
@@ -35,6 +35,9 @@ TWO_DEVICES = 'Expected all tensors to be on the same device, but found at least
 INDICES = 'indices should be either on cpu or on the same device as the indexed tensor (cpu)'
 DEEPCOPY = 'Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol at the moment.'
 GENERATOR = "Expected a '{}' device type for generator but found '{}'"
+CAPTURING = 'CUDA error: operation not permitted when stream is capturing'
+UNREGISTERED = 'Attempt to increase offset for a CUDA generator not in capture mode.'
+WAITING = '_local_scalar_dense', 'nonzero', 'masked_select', 'equal'
 
 
 # ── the tensor ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -183,8 +186,11 @@ _facts = functools.cache(_Facts)
 def _run(func, args, kwargs):
     "`func` for a GPU."
     if _forked: raise RuntimeError(_forked)
+    if _graph is not None and _waits(func, kwargs): raise torch.AcceleratorError(CAPTURING)
     rule = RULES.get(func)
-    return rule(*args, **kwargs) if rule is not None else _run_plain(func, args, kwargs)
+    out = rule(*args, **kwargs) if rule is not None else _run_plain(func, args, kwargs)
+    if _graph is not None: _graph.tape.append((func, args, kwargs, out))
+    return out
 
 
 def _run_plain(func, args, kwargs={}):
@@ -244,6 +250,7 @@ def _random(func, f, args, kwargs):
     g = kwargs.get('generator')
     if g is None: g = next((a for a in args if isinstance(a, torch._C.Generator)), None)
     if g is not None and g._cdata not in _generators: raise RuntimeError(GENERATOR.format('cuda', 'cpu'))
+    if g is not None and _graph is not None and g._cdata not in _graph.generators: raise RuntimeError(UNREGISTERED)
     if g is None and f.generator: kwargs['generator'] = default_generator
     if f.generator: return func(*args, **kwargs)
     state = torch.default_generator.get_state()
@@ -486,6 +493,41 @@ class Event:
         return 1e3*(end.at - self.at)
 
 
+_graph = None   # the one that is being recorded
+
+def _waits(func, kwargs):
+    "Would the processor wait for the result?"
+    to = kwargs.get('device')
+    return _facts(func).base in WAITING or (to is not None and torch.device(to).type == 'cpu')
+
+
+class CUDAGraph:
+    "A list of operators with their tensors: `replay` runs them again and writes into the same results."
+    def __init__(self, *args, **kwargs): self.tape, self.generators = [], set()
+    def register_generator_state(self, generator): self.generators.add(generator._cdata)
+    def replay(self):
+        for func, args, kwargs, out in self.tape:
+            new = _run(func, args, kwargs)
+            if not (_facts(func).mutable or _facts(func).view): _overwrite(out, new)
+
+
+def _overwrite(old, new):
+    if isinstance(old, (list, tuple)):
+        for o, n in zip(old, new): _overwrite(o, n)
+    elif type(old) is CudaTensor: old._t.copy_(new._t)
+
+
+class _Recording:
+    "Stands in for torch.cuda.graph."
+    def __init__(self, graph, **options): self.graph = graph
+    def __enter__(self):
+        global _graph
+        _graph = self.graph
+    def __exit__(self, *e):
+        global _graph
+        _graph = None
+
+
 class _Context:
     "Stands in for torch.cuda.device and torch.cuda.stream."
     def __init__(self, *args): pass
@@ -530,7 +572,8 @@ def _patch_cuda():
                   get_rng_state_all=lambda: [g.get_state()], set_rng_state_all=lambda s: g.set_state(s[0]) and None)
     streams = dict(Stream=Stream, Event=Event, current_stream=lambda d=None: Stream(), device=_Context,
                    default_stream=lambda d=None: Stream(), stream=_Context, StreamContext=_Context, device_of=_Context,
-                   _DeviceGuard=_Context, _exchange_device=zero, _maybe_exchange_device=zero)
+                   _DeviceGuard=_Context, _exchange_device=zero, _maybe_exchange_device=zero, CUDAGraph=CUDAGraph,
+                   graph=_Recording)
     for name, value in (state | facts | memory | random | streams).items():
         setattr(c, name, value)
         for module in (c.memory, c.random):
