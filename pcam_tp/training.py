@@ -286,7 +286,7 @@ def train(
     two classes each against the others), the learning rate at the epoch's start, seconds.
 
     Several processes share the batches of one, but each has its own augmentation, dropout and batch statistics: they
-    make another network than one process does."""
+    make another network than one process does. On CUDA one process records a step of known modules and replays it."""
     if unknown := [k for k in recipe if k not in RECIPE]:
         raise ValueError(f'train has no option {", ".join(unknown)}: it takes {", ".join(RECIPE)}')
     recipe = dict(epochs=epochs, **RECIPE | recipe, train=split_id(train), valid=split_id(valid))
