@@ -183,7 +183,8 @@ def _steady(run):
         hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
         return type(m).__module__.startswith(_KNOWN) and 'forward' not in vars(m) and not hooks
     alone = run.accelerator.num_processes == 1 and run.accelerator.mixed_precision != 'fp16'   # its scale changes
-    return run.device.type == 'cuda' and alone and all(map(known, run.model.modules()))
+    plain = not callable(run.model.output) and all(map(known, run.model.modules()))
+    return run.device.type == 'cuda' and alone and plain
 
 class _Recorded:
     "Work on tensors of a GPU, recorded as a CUDA graph: a call replays it on other values."
