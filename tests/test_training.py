@@ -258,7 +258,7 @@ def test_the_opening_network_is_shared():
 
 
 def test_training_leaves_cudnn_on():
-    "`torch.backends.cudnn.flags` switches it off unless told otherwise: a GPU then took four times as long, in silence."
+    "`torch.backends.cudnn.flags` switches it off unless told otherwise: a GPU then took five times as long, in silence."
     cudnn, seen, model = torch.backends.cudnn, set(), build('small_cnn', width=.1)
     def look(net, *_):
         if net.training: seen.add((cudnn.enabled, cudnn.allow_tf32))
