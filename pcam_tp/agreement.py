@@ -90,7 +90,7 @@ def model_agreement(
 ) -> pd.DataFrame: # a row per pair, measure and condition: see `methods.against_nulls`; p_holm, n units, images
     """Agreement of each pair of models, beside its nulls; the difference is to maps of other images, paired. Holm for
     each measure and condition. Images that a measure cannot judge are left out of the pair. Of networks that crop, hand
-    in what both see, `model.part(maps)`: the zeros outside would agree."""
+    in what both see, `model.cropped(maps)`: the zeros outside would agree."""
     rows, by, n_all = [], None if by is None else np.asarray(by), _check(maps, measures)
     ready = {k: _ready(as_maps(m), q, seed) for k, m in maps.items()}
     for a, b in combinations(maps, 2):

@@ -273,7 +273,7 @@ def _ask_network(self:Classifier, z):
 
 # %% ../nbs/foundation/11_classifier.ipynb #4854af46
 @patch
-def part(self:Classifier, maps):
+def cropped(self:Classifier, maps):
     "The part of maps or masks (…, H, W) that the network sees: outside of it all maps are 0, so all agree."
     rows, cols = self.window(*maps.shape[-2:])
     return maps[..., rows, cols]

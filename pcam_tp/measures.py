@@ -145,7 +145,7 @@ def on(self:_Metric, q, maps, extra=None, details=False, score=None, **options):
     options = self.usual | options
     if self.needs and extra is None: raise ValueError(f'{self.f.__name__} needs {self.needs}: none given')
     q = _asking(q, score or self.score or q.score, options.pop('baseline', q.hides))
-    if self.needs == 'masks': maps, extra = q.model.part(maps), q.model.part(extra)   # chance knows no dead pixels
+    if self.needs == 'masks': maps, extra = map(q.model.cropped, (maps, extra))   # chance knows no dead pixels
     if 'details' in self.own: options['details'] = details
     found = self.f(q, maps, *[extra] if self.needs else [], **options)
     values, known = found if isinstance(found, tuple) else (found, {})

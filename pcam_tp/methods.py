@@ -168,7 +168,7 @@ def agreement(
     """Agreement of each pair of methods on the same image, beside two nulls: the second map shifted, and those of all
     other images. Differences are to `other`, paired; Holm within the table, for each measure. Images where a map is
     constant are left out of the pair; n is the number of units (images or slides) of the others. Of a network that
-    crops, hand in `model.part(maps)`: the zeros outside would agree."""
+    crops, hand in `model.cropped(maps)`: the zeros outside would agree."""
     ready = {k: (unit_ranks(v), top_mask(v, q, seed)) for k, v in maps.items()}
     rows, names = [], list(maps)
     for i, a in enumerate(names):
@@ -228,7 +228,7 @@ def precision_table(
     Allowed: 5th percentile at least .99, of at least 200 maps."""
     low, full = (explain(model, x, target, methods, precision=p, **common) for p in (precision, 'fp32'))
     def row(name):
-        r = rank_correlation(*(model.part(v[name]).cpu() for v in (low, full)))
+        r = rank_correlation(*(model.cropped(v[name]).cpu() for v in (low, full)))
         r = r[~np.isnan(r)]
         p5, median, lowest = np.quantile(r, (.05, .5, 0)) if len(r) else (np.nan,)*3
         return dict(method=name, percentile_5=p5, median=median, lowest=lowest, n=len(r),

@@ -352,6 +352,7 @@ def _serve(kind):
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), 'w')
     for fd in 0, 1: os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     torch.set_num_threads(1)
+    torch.testing.assert_close(torch.zeros(1), torch.zeros(1))   # imports sympy at its first call, for seconds
     _call('prctl', 36, 1, 0, 0, 0)   # PR_SET_CHILD_SUBREAPER: orphans come to us
     space = {}
     for line in requests:

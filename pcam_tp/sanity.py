@@ -138,7 +138,9 @@ def randomised_maps(
     "Maps of the trained network and of its randomised copies, for the same classes."
     chosen = choose(explainers, model)
     if target is None: target = predict(model, x, options.get('batch_size')).argmax(1)
-    def ask(m): return {k: m.part(v).cpu() for k, (v, _) in answers(chosen, m, x, target, seed=seed, **options).items()}
+    def ask(m):
+        found = answers(chosen, m, x, target, seed=seed, **options)
+        return {k: m.cropped(v).cpu() for k, (v, _) in found.items()}
     return {'trained': ask(model)} | {name: ask(m) for name, m in randomised(model, layers, order, seed)}
 
 # %% ../nbs/12_sanity_checks.ipynb #f4e6494e

@@ -27,12 +27,12 @@ def images(n=8): return torch.rand(n, 3, SIDE, SIDE, generator=torch.Generator()
 
 def test_part_and_within(model):
     maps = torch.rand(2, SIDE, SIDE)
-    seen = model.part(maps)
+    seen = model.cropped(maps)
     assert seen.shape == (2, CROP, CROP) and torch.equal(seen, maps[:, 4:20, 4:20])
     out = model.within(lambda m: m + 1, maps)
-    assert torch.equal(model.part(out), seen + 1) and out.count_nonzero() == CROP**2*2
+    assert torch.equal(model.cropped(out), seen + 1) and out.count_nonzero() == CROP**2*2
     whole = Classifier(nn.Flatten())
-    assert torch.equal(whole.part(maps), maps) and torch.equal(whole.within(lambda m: -m, maps), -maps)
+    assert torch.equal(whole.cropped(maps), maps) and torch.equal(whole.within(lambda m: -m, maps), -maps)
 
 
 @pytest.mark.parametrize('name', CONTROLS)
@@ -76,7 +76,7 @@ def test_zeros_do_not_agree(model):
     maps = randomised_maps(dict(random=random_map), model, x, 1)
     assert maps['trained']['random'].shape == (40, CROP, CROP)
     a, b = maps['trained']['random'], random_map(model, x, 1, seed=1)
-    assert abs(map_similarity(a, model.part(b).cpu()).mean()) < .03
+    assert abs(map_similarity(a, model.cropped(b).cpu()).mean()) < .03
     assert map_similarity(*(model.within(lambda v: v, m) for m in (random_map(model, x, 1), b))).mean() > .3
     assert sanity_score(METHODS['saliency'], model, x, 1).shape == (40,)
 
@@ -85,9 +85,9 @@ def test_precision(model):
     "Rounding is judged where there is something to round."
     x, shown = images(), []
     class Watched(Classifier):
-        def part(self, maps):
+        def cropped(self, maps):
             shown.append(maps.shape)
-            return super().part(maps)
+            return super().cropped(maps)
     model.__class__ = Watched
     precision_table(model, x, 1, 'saliency')
     assert shown == [(8, SIDE, SIDE)]*2
