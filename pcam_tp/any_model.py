@@ -95,7 +95,7 @@ def map_numbers(
     row, column = (v.sum(2)*at(1)).sum(1)/total, (v.sum(1)*at(2)).sum(1)/total
     out = dict(half=half.where(total > 0, torch.nan), row=row, column=column)
     if twins is None: return out
-    seen = (maps, twins) if model is None else map(model.part, (maps, twins))
+    seen = (maps, twins) if model is None else map(model.cropped, (maps, twins))
     return out | dict(untrained=torch.from_numpy(rank_correlation(*seen)))
 
 # %% ../nbs/14_any_model.ipynb #a60c5b6c

@@ -81,7 +81,7 @@ def mask_excess(
     masks # (H, W) or (N, H, W), bool or integers 0 and 1
 ) -> torch.Tensor: # (N,) in (−1, 1); a flat map gives 0, higher = more of the map inside
     """Share of a map's positive part inside a mask, less the share of the pixels that the mask has. Of a network that
-    crops, give both as `Classifier.part` cuts them."""
+    crops, give both as `Classifier.cropped` cuts them."""
     share = _as_masks(masks).to(as_maps(maps).device).float().mean((-2, -1))
     return mass_inside(maps, masks) - share
 
