@@ -390,8 +390,10 @@ def _conv_ms(device, dtype):
     "Milliseconds of one 3×3 convolution under autocast."
     like = dict(device=device, dtype=torch.float32)
     n = 1 if device.type == 'cpu' else 16
-    x = torch.randn(n, 64, 48, 48, **like).to(memory_format=torch.channels_last)
-    conv = torch.nn.Conv2d(64, 64, 3, padding=1, **like).to(memory_format=torch.channels_last)
+    last = device.type != 'cuda' or dtype != torch.float32   # as a `Classifier` lays its images out
+    layout = dict(memory_format=torch.channels_last if last else torch.contiguous_format)
+    x = torch.randn(n, 64, 48, 48, **like).to(**layout)
+    conv = torch.nn.Conv2d(64, 64, 3, padding=1, **like).to(**layout)
     with _one_thread(), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return 1e3*_seconds(lambda: conv(x), device, repeats=15)
 

@@ -176,42 +176,76 @@ def step(self:_Run, x, y):
 
 # %% ../nbs/foundation/14_training.ipynb #3b659f64
 _KNOWN = 'torch.nn.', 'torchvision.', 'pcam_tp.'
+_HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks', '_post_accumulate_grad_hooks'
+_TOLD = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 14)   # must a graph be told of generators?
 
 def _steady(run):
-    "Does every step launch the same work on a GPU? Then it can be recorded."
-    def known(m):
-        hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        return type(m).__module__.startswith(_KNOWN) and 'forward' not in vars(m) and not hooks
+    "May every step launch the same work on a GPU? Then it can be recorded."
+    model, everywhere = run.model, torch.nn.modules.module
     alone = run.accelerator.num_processes == 1 and run.accelerator.mixed_precision != 'fp16'   # its scale changes
-    plain = not callable(run.model.output) and all(map(known, run.model.modules()))
-    return run.device.type == 'cuda' and alone and plain
+    known = all(type(m).__module__.startswith(_KNOWN) and 'forward' not in vars(m) for m in model.modules())
+    hooked = any(getattr(v, h, None) for v in (*model.modules(), *model.parameters()) for h in _HOOKS)
+    hooked = hooked or any(getattr(everywhere, f'_global{h}', None) for h in _HOOKS)
+    able = run.device.type == 'cuda' and (not _TOLD or hasattr(torch.cuda.CUDAGraph, 'register_generator_state'))
+    return able and alone and known and not hooked and not callable(model.output)
 
+# %% ../nbs/foundation/14_training.ipynb #5e0c7a21
 class _Recorded:
     "Work on tensors of a GPU, recorded as a CUDA graph: a call replays it on other values."
-    def __init__(self, work, inputs, dice):
-        self.inputs, aside = inputs, torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3): work(*inputs)   # whatever is made once is made now
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(dice)
-        with torch.cuda.graph(self.graph): self.out = work(*inputs)
+    def __init__(self, work, inputs, dice, stream):
+        self.inputs, self.graph = inputs, torch.cuda.CUDAGraph()
+        if _TOLD: self.graph.register_generator_state(dice)
+        try:
+            with torch.cuda.graph(self.graph, stream=stream): self.out = work(*inputs)
+        except torch.cuda.OutOfMemoryError: raise
+        except RuntimeError as e: raise RuntimeError(_UNRECORDED) from e
 
     def __call__(self, *values):
         for place, v in zip(self.inputs, values): place.copy_(v)
         self.graph.replay()
         return self.out
 
+_UNRECORDED = ('this GPU cannot record a step of this network as a CUDA graph: restart Python, '
+               "and train with precision='fp16', whose steps are launched one by one")
+
+# %% ../nbs/foundation/14_training.ipynb #a94d31f6
+def _never_waits(work, inputs, stream):
+    "Run the work until whatever is made once is made; False if it waits for the GPU, which cannot be recorded."
+    stream.wait_stream(torch.cuda.current_stream())
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with torch.cuda.stream(stream):
+            for mode in before, before, 'error':
+                torch.cuda.set_sync_debug_mode(mode)
+                work(*inputs)
+    except RuntimeError as e:
+        if 'synchronizing' not in str(e): raise
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.current_stream().wait_stream(stream)
+    return True
+
 # %% ../nbs/foundation/14_training.ipynb #d58a4afa
 @patch
 def record(self:_Run):
-    "From now on gradients are replayed. The network learns nothing meanwhile."
+    "From now on gradients are replayed, if a step never waits. The network learns nothing meanwhile."
     before, n, side = copy.deepcopy(self.model.state_dict()), self.recipe['batch_size'], self.batches.split.side
     x, y = torch.zeros(n, 3, side, side, device=self.device), torch.zeros(n, dtype=torch.int64, device=self.device)
+    stream = torch.cuda.Stream()
     self.model.train()
-    self.recorded = _Recorded(self.gradients, (x, y), self.noise)
-    self.model.load_state_dict(before)
+    try:
+        if not _never_waits(self.gradients, (x, y), stream): return
+        self.opt.zero_grad()   # the recorded ones take their place
+        self.recorded = _Recorded(self.gradients, (x, y), self.noise, stream)
+    finally: self.model.load_state_dict(before)
+
+# %% ../nbs/foundation/14_training.ipynb #71be09d5
+@patch
+def look(self:_Run):
+    "One answer in training's precision: that a network flattens is found out before its statistics count batches."
+    x = to_float(self.batches.split.patches([0]), self.device)
+    with torch.no_grad(), evaluating(self.model), self.accelerator.autocast(): self.model(x)
 
 # %% ../nbs/foundation/14_training.ipynb #8624b49f
 @patch
@@ -287,15 +321,32 @@ def train(
     two classes each against the others), the learning rate at the epoch's start, seconds.
 
     Several processes share the batches of one, but each has its own augmentation, dropout and batch statistics: they
-    make another network than one process does. On CUDA one process records a step of known modules and replays it."""
+    make another network than one process does. On CUDA one process records a step and replays it, but not in fp16, nor
+    with modules, hooks or an `output` that are somebody's own."""
     if unknown := [k for k in recipe if k not in RECIPE]:
         raise ValueError(f'train has no option {", ".join(unknown)}: it takes {", ".join(RECIPE)}')
-    recipe = dict(epochs=epochs, **RECIPE | recipe, train=split_id(train), valid=split_id(valid))
+    recipe = _plain(dict(epochs=epochs, **RECIPE | recipe, train=split_id(train), valid=split_id(valid)))
     _check_run(model, train, recipe)
-    accelerator = _accelerator(precision, torch.device(device or best_device()))
-    with torch.random.fork_rng(devices=[0] if accelerator.device.type == 'cuda' else []):
-        run = _Run(model.to(accelerator.device), train, recipe, accelerator, num_workers)
-        return _run(run, valid, checkpoint)
+    with _on(device := torch.device(device or best_device())):
+        accelerator = _accelerator(precision, device)
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == 'cuda' else []):
+            run = _Run(model.to(accelerator.device), train, recipe, accelerator, num_workers)
+            return _run(run, valid, checkpoint)
+
+# %% ../nbs/foundation/14_training.ipynb #c2d60b7e
+def _plain(recipe):
+    "Without NumPy's and PyTorch's types: a checkpoint with them could not be read."
+    return {k: v.tolist() if hasattr(v, 'tolist') else v for k, v in recipe.items()}
+
+def _on(device):
+    "Which of several cards 'cuda' means meanwhile; the current one where the device has no number."
+    return torch.cuda.device(-1 if device.type != 'cuda' or device.index is None else device.index)
+
+def _exact_cudnn():
+    "cuDNN in full 32 bits, else as it was: `flags` would switch off what it is not told."
+    c = torch.backends.cudnn
+    kept = dict(enabled=c.enabled, benchmark=c.benchmark, deterministic=c.deterministic)
+    return c.flags(**kept, benchmark_limit=c.benchmark_limit, allow_tf32=False)
 
 # %% ../nbs/foundation/14_training.ipynb #3e65349d
 def _check_run(model, train, recipe):
@@ -316,8 +367,9 @@ def _run(run, valid, checkpoint):
     total, done = run.recipe['epochs']*len(run.batches), len(run.history)*len(run.batches)
     quiet = not run.accelerator.is_main_process
     bar = progress(total=total, initial=done, desc='training', unit='batch', disable=quiet)
-    with bar, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):   # `flags` alone would switch cuDNN off
-        if _steady(run): run.record()
+    with bar, _exact_cudnn():
+        run.look()
+        if not run.done() and _steady(run): run.record()
         while not run.done():
             start, rate = time.perf_counter(), run.opt.param_groups[0]['lr']
             loss = run.epoch(bar)

@@ -78,30 +78,65 @@ assert len(history) == 6 and history.train_loss.iloc[-1] < history.train_loss.il
 ''', env=ON)
 
 
+def test_every_batch_is_counted_once():
+    "Channels that lie last do not suit `view`: this is found out before batch normalisation counts."
+    python('''
+import torch
+from torch import nn
+from pcam_tp.classifier import Classifier
+from pcam_tp.data import open_split, subset
+from pcam_tp.training import train
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.Linear(4*12*12, 2)
+    def forward(self, x): return self.fc(self.bn(self.conv(x)).view(len(x), -1))
+few = [subset(open_split(s), n) for s, n in (('train', 64), ('valid', 16))]
+for precision in ('no', 'bf16'):
+    model = Classifier(Own()).cuda()
+    train(model, *few, epochs=2, batch_size=16, precision=precision)
+    assert model.net.bn.num_batches_tracked % 4 == 0, precision   # four in an epoch, up to the best one
+''', env=ON)
+
+
 def test_recorded_training():
     "Steps that are replayed learn what single ones learn: same losses, same weights; somebody else's code is launched."
     python('''
+import contextlib
 from unittest import mock
 import torch
 from pcam_tp import training
 from pcam_tp.data import open_split, subset
 from pcam_tp.models import build
 few = [subset(open_split(s), n) for s, n in (('train', 64), ('valid', 32))]
+first = lambda model, kind: next(m for m in model.modules() if isinstance(m, kind))
 def learned(records, **options):
     model, replayed = build('small_cnn', width=.1, dropout=.3), []
-    steady, record = training._steady, training._Run.record
-    if records == 'hooks': model.net[0].register_forward_hook(lambda *a: None)
+    steady, replay, everywhere = training._steady, torch.cuda.CUDAGraph.replay, contextlib.nullcontext()
+    if records == 'hook': model.net[0].register_forward_hook(lambda *a: None)
+    if records == 'hook of all modules': everywhere = torch.nn.modules.module.register_module_forward_hook(lambda *a: None)
+    if records == 'hook of a parameter': next(model.parameters()).register_hook(lambda g: g)
     if records == 'function': model.output = lambda out: out
-    def noted(run): record(run); replayed.append(run.recorded)
-    with mock.patch.object(training, '_steady', lambda run: steady(run) and records), \\
-         mock.patch.object(training._Run, 'record', noted):
+    if records == 'a wait': first(model, torch.nn.BatchNorm2d).momentum = None
+    def noted(graph): replayed.append(graph); replay(graph)
+    with everywhere, mock.patch.object(training, '_steady', lambda run: steady(run) and records), \\
+         mock.patch.object(torch.cuda.CUDAGraph, 'replay', noted):
         history = training.train(model, *few, epochs=4, batch_size=16, **options)
     assert all(p.grad is None for p in model.parameters())
     return history.train_loss.tolist(), model.state_dict(), len(replayed)
 for options in (dict(precision='no'), dict(precision='bf16', schedule='plateau', class_weights=(1, 3))):
     (l0, w0, n0), (l1, w1, n1) = [learned(r, **options) for r in (False, True)]
-    assert (n0, n1) == (0, 1) and l0 == l1, (n0, n1, l0, l1)
+    assert (n0, n1) == (0, 16) and l0 == l1, (n0, n1, l0, l1)
     assert all(torch.equal(w0[k], w1[k]) for k in w0), 'other weights'
-for records, precision in (('hooks', 'no'), ('function', 'no'), (True, 'fp16')):
-    assert learned(records, precision=precision)[2] == 0, records
+for records in ('hook', 'hook of all modules', 'hook of a parameter', 'function', 'a wait'):
+    assert learned(records, precision='no')[2] == 0, records
+assert learned(True, precision='fp16')[2] == 0
+model = build('small_cnn', width=.1)
+before = {k: v.cuda() for k, v in model.state_dict().items()}
+try:
+    with mock.patch('torch.cuda.graph', side_effect=RuntimeError('operation not permitted')):
+        training.train(model, *few, epochs=4, batch_size=16, precision='no')
+    assert False, 'trained all the same'
+except RuntimeError as e: assert "precision='fp16'" in str(e) and 'not permitted' in str(e.__cause__), e
+assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), 'a failed recording left its traces'
 ''', env=ON | {'FAKE_CUDA_JITTER': '0'})

@@ -261,8 +261,18 @@ def test_training_leaves_cudnn_on():
     "`torch.backends.cudnn.flags` switches it off unless told otherwise: a GPU then took five times as long, in silence."
     cudnn, seen, model = torch.backends.cudnn, set(), build('small_cnn', width=.1)
     def look(net, *_):
-        if net.training: seen.add((cudnn.enabled, cudnn.allow_tf32))
+        if net.training: seen.add((cudnn.enabled, cudnn.allow_tf32, cudnn.deterministic))
     model.net.register_forward_hook(look)
     few = subset(open_split('train'), 32), subset(open_split('valid'), 8)
-    training.train(model, *few, 3, batch_size=8, device='cpu', precision='no')
-    assert seen == {(True, False)} and cudnn.enabled
+    with cudnn.flags(enabled=True, deterministic=True):
+        training.train(model, *few, 3, batch_size=8, device='cpu', precision='no')
+    assert seen == {(True, False, True)} and cudnn.enabled
+
+
+def test_a_checkpoint_of_numpys_numbers_goes_on(tmp_path):
+    "A rate from `np.logspace`, weights as an array or a tensor: what `torch.load` reads is plain."
+    few = subset(open_split('train'), 32), subset(open_split('valid'), 8)
+    for k, weights in enumerate((np.array([1., 3.]), torch.tensor([1., 3.]))):
+        options = dict(lr=np.logspace(-4, -2, 3)[1], class_weights=weights, batch_size=8, device='cpu', precision='no')
+        a, b = (training.train(build('small_cnn', width=.1), *few, 2, checkpoint=tmp_path/f'{k}.pt', **options) for _ in range(2))
+        assert a.train_loss.tolist() == b.train_loss.tolist()

@@ -36,7 +36,7 @@ INDICES = 'indices should be either on cpu or on the same device as the indexed 
 DEEPCOPY = 'Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol at the moment.'
 GENERATOR = "Expected a '{}' device type for generator but found '{}'"
 CAPTURING = 'CUDA error: operation not permitted when stream is capturing'
-UNREGISTERED = 'Attempt to increase offset for a CUDA generator not in capture mode.'
+SYNCHRONIZING = 'called a synchronizing CUDA operation'
 WAITING = '_local_scalar_dense', 'nonzero', 'masked_select', 'equal'
 
 
@@ -72,7 +72,9 @@ class CudaTensor(Tensor):
     def _typed_storage(self):
         return torch.storage.TypedStorage(wrap_storage=_storage(self._t), dtype=self.dtype, _internal=True)
     def storage(self): return self._typed_storage()
-    def tolist(self): return self._t.tolist()
+    def tolist(self):
+        if _graph is not None or _strict: _refuse()
+        return self._t.tolist()
     def record_stream(self, stream): pass
 
     # what asks whether the type is Tensor
@@ -186,7 +188,7 @@ _facts = functools.cache(_Facts)
 def _run(func, args, kwargs):
     "`func` for a GPU."
     if _forked: raise RuntimeError(_forked)
-    if _graph is not None and _waits(func, kwargs): raise torch.AcceleratorError(CAPTURING)
+    if (_graph is not None or _strict) and _waits(func, args, kwargs): _refuse()
     rule = RULES.get(func)
     out = rule(*args, **kwargs) if rule is not None else _run_plain(func, args, kwargs)
     if _graph is not None: _graph.tape.append((func, args, kwargs, out))
@@ -250,7 +252,6 @@ def _random(func, f, args, kwargs):
     g = kwargs.get('generator')
     if g is None: g = next((a for a in args if isinstance(a, torch._C.Generator)), None)
     if g is not None and g._cdata not in _generators: raise RuntimeError(GENERATOR.format('cuda', 'cpu'))
-    if g is not None and _graph is not None and g._cdata not in _graph.generators: raise RuntimeError(UNREGISTERED)
     if g is None and f.generator: kwargs['generator'] = default_generator
     if f.generator: return func(*args, **kwargs)
     state = torch.default_generator.get_state()
@@ -494,17 +495,25 @@ class Event:
 
 
 _graph = None   # the one that is being recorded
+_strict = False   # is waiting an error, by torch.cuda.set_sync_debug_mode?
 
-def _waits(func, kwargs):
+def _waits(func, args, kwargs):
     "Would the processor wait for the result?"
-    to = kwargs.get('device')
-    return _facts(func).base in WAITING or (to is not None and torch.device(to).type == 'cpu')
+    to, base = kwargs.get('device'), _facts(func).base
+    if base == 'copy_': return type(args[0]) is not CudaTensor   # to the processor
+    if base == 'index' and any(getattr(i, 'dtype', None) == torch.bool for i in args[1]): return True
+    return base in WAITING or (to is not None and torch.device(to).type == 'cpu')
+
+def _refuse(): raise torch.AcceleratorError(CAPTURING) if _graph is not None else RuntimeError(SYNCHRONIZING)
+
+def _set_strict(mode):
+    global _strict
+    _strict = mode in (2, 'error')
 
 
 class CUDAGraph:
     "A list of operators with their tensors: `replay` runs them again and writes into the same results."
-    def __init__(self, *args, **kwargs): self.tape, self.generators = [], set()
-    def register_generator_state(self, generator): self.generators.add(generator._cdata)
+    def __init__(self, *args, **kwargs): self.tape = []
     def replay(self):
         for func, args, kwargs, out in self.tape:
             new = _run(func, args, kwargs)
@@ -573,7 +582,7 @@ def _patch_cuda():
     streams = dict(Stream=Stream, Event=Event, current_stream=lambda d=None: Stream(), device=_Context,
                    default_stream=lambda d=None: Stream(), stream=_Context, StreamContext=_Context, device_of=_Context,
                    _DeviceGuard=_Context, _exchange_device=zero, _maybe_exchange_device=zero, CUDAGraph=CUDAGraph,
-                   graph=_Recording)
+                   graph=_Recording, set_sync_debug_mode=_set_strict, get_sync_debug_mode=lambda: 2*_strict)
     for name, value in (state | facts | memory | random | streams).items():
         setattr(c, name, value)
         for module in (c.memory, c.random):

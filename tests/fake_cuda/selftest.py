@@ -494,9 +494,8 @@ def test_backward_in_threads():
     assert out == [True]*3
 
 
-def recorded(work, *generators):
+def recorded(work):
     graph = torch.cuda.CUDAGraph()
-    for g in generators: graph.register_generator_state(g)
     with torch.cuda.graph(graph): out = work()
     return graph, out
 
@@ -505,14 +504,19 @@ def test_graphs():
     "What was recorded runs again on other values, gradients and random numbers included; nobody may wait in it."
     net, x, noise = nn.Linear(3, 1).cuda(), gpu(2, 3), torch.Generator('cuda').manual_seed(0)
     work = lambda: (net(x).square().sum().backward(), torch.rand(2, generator=noise, device='cuda'))[1]
-    graph, drawn = recorded(work, noise)
+    graph, drawn = recorded(work)
     first = drawn.clone()
     x.copy_(gpu(2, 3))
     graph.replay()
     grad = torch.autograd.grad(net(x).square().sum(), net.weight)[0]
     assert_close(net.weight.grad, grad)
     assert not torch.equal(drawn, first)
-    refused(lambda: recorded(lambda: x.sum().item()), 'stream is capturing')
-    refused(lambda: recorded(lambda: x.cpu()), 'stream is capturing')
-    refused(lambda: recorded(work), 'not in capture mode')
+    home = torch.zeros(2, 3)
+    waiting = (lambda: x.sum().item(), x.cpu, x.tolist, lambda: x[x > 0], lambda: home.copy_(x))
+    for w in waiting: refused(lambda: recorded(w), 'stream is capturing')
     assert x.cpu().shape == (2, 3)   # nothing is recorded any more
+    torch.cuda.set_sync_debug_mode('error')
+    assert torch.cuda.get_sync_debug_mode() == 2
+    for w in waiting: refused(w, 'synchronizing')
+    torch.cuda.set_sync_debug_mode(0)
+    for w in waiting: w()
