@@ -176,6 +176,7 @@ def batches(self:Question,
         start += len(p)
         if self.bar is not None: self.bar.update(len(p))
 
+# %% ../nbs/foundation/12_questions.ipynb #c85b20f7
 @patch
 def ask(self:Question, images, i):
     "Scores (b,) of `images` (b, 3, H, W), variants of the images `i` (b,), with their graph."
@@ -203,6 +204,7 @@ def gradients(self:Question, make=None, k=1, each=None):
     with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model): self.batches(k, work)
     return out
 
+# %% ../nbs/foundation/12_questions.ipynb #91e4ad07
 @patch(as_prop=True)
 def _scale(self:Question):
     half = self.precision == 'fp16' or any(p.dtype == torch.float16 for p in self.model.parameters())
