@@ -18,7 +18,7 @@ def _gradcam(A, g): return torch.einsum('nk,nkhw->nhw', g.mean((2, 3)), A)
 def _hirescam(A, g): return torch.einsum('nkhw,nkhw->nhw', g, A)
 def _layercam(A, g): return torch.einsum('nkhw,nkhw->nhw', g.relu(), A)
 def _alpha(A, g, eps=1e-6):
-    "Grad-CAM++'s coefficients: 1/(2 + g·ΣA) wherever g is not 0."
+    "Grad-CAM++'s coefficients: 1/(2 + g·ΣA) where |g| is well above √eps = .001; eps is that of grad-cam."
     square = g*g
     return square/(2*square + A.sum((2, 3), keepdim=True)*square*g + eps)
 def _gradcam_pp(A, g): return torch.einsum('nk,nkhw->nhw', (_alpha(A, g)*g.relu()).sum((2, 3)), A)

@@ -327,9 +327,14 @@ def evaluating(
 
 # %% ../nbs/foundation/11_classifier.ipynb #7e7c2ea2
 def check_model(model):
-    "Raise `ValueError` if `model` is not a `Classifier`."
+    "Raise `ValueError` if `model` is not a `Classifier`, or its images would change each other's answers."
     if not isinstance(model, Classifier):
         raise ValueError(f'model is {type(model).__name__}: wrap it, Classifier(model)')
+    for name, m in model.net.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None and m.running_var is None:
+            raise ValueError(f'layer {name!r} has no running statistics: each image would change the answers for the '
+                             'others of its batch. Give it running_mean and running_var, or train it anew with '
+                             'track_running_stats=True')
 
 def predict(
     model:Classifier,

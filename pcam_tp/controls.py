@@ -15,6 +15,8 @@ import pandas as pd
 import torch
 from skimage.color import rgb2gray
 from skimage.filters import sobel
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .classifier import Classifier, copied, predict
 from .questions import answers, explainer
@@ -82,19 +84,33 @@ def seeded(
         try: yield
         finally: np.random.set_state(state)
 
+# %% ../nbs/foundation/13_controls.ipynb #0b7d53ce
+@torch.no_grad()
+def _settle(*modules):
+    "Spectral norms keep singular vectors of the old weights; in training mode each call brings them nearer to the new."
+    for m in modules:
+        calls = [partial(h, m, None) for h in m._forward_pre_hooks.values() if isinstance(h, SpectralNorm)]
+        if isinstance(m, ParametrizationList): calls.append(m)
+        if calls: m.train()
+        for call in 20*calls: call()
+
 # %% ../nbs/foundation/13_controls.ipynb #6664da36
 def untrained(
     model:Classifier,
     seed:int=0
 ) -> Classifier: # a copy in evaluation mode
-    "The same network with fresh random weights; what no layer can draw again, such as class tokens, is shuffled."
+    """The same network with fresh random weights; what no layer can draw again, such as class tokens and the factors of
+    a normalised weight, is shuffled."""
     fresh, done = copied(model).cpu(), set()
+    before = [p.detach().clone() for p in fresh.parameters()]
     own = int(np.random.SeedSequence([seed, 0x756e7472]).generate_state(1)[0])   # no network began with this seed
     with seeded(own):
         for m in fresh.modules():
             if hasattr(m, 'reset_parameters'): m.reset_parameters(); done.update(map(id, m.parameters(recurse=False)))
-        for p in fresh.parameters():
-            if id(p) not in done: p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
+        same = [p for p, b in zip(fresh.parameters(), before) if id(p) not in done or torch.equal(p, b)]
+        for p in sorted(same, key=lambda p: id(p) in done):   # first what has no rule, then what its rule left alone
+            p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
+        _settle(*fresh.modules())
     return fresh.to(model.device).eval()
 
 # %% ../nbs/foundation/13_controls.ipynb #4139fd7e

@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'BASELINES', 'autocast', 'baseline', 'replaced', 'Quest
            'answers']
 
 # %% ../nbs/foundation/12_questions.ipynb #1fbde79e
-import functools, inspect
+import contextlib, functools, inspect, threading
 from copy import copy
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -23,16 +23,50 @@ from .classifier import (SCORES, Classifier, as_target, check_images, check_mode
                                 evaluating, get_layer, predict)
 from .core import best_batch_size, progress
 
+# %% ../nbs/foundation/12_questions.ipynb #5d1f7c3e
+_undo, _guard = [], threading.Lock()   # a list for each open block; the last one turns back what the first one found
+
+def _rounding():
+    "What lets CUDA round float32 to TF32 now: (turn, its value, the value that does not round)."
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    turn = lambda owner, name: functools.partial(setattr, owner, name)
+    try:
+        high = torch.get_float32_matmul_precision() if matmul.allow_tf32 else 'highest'
+        found = [(turn(cudnn, 'allow_tf32'), cudnn.allow_tf32, False),
+                 (torch.set_float32_matmul_precision, high, 'highest')]
+    except RuntimeError:   # somebody has set the names of torch 2.9, and the old ones do not say the same
+        owners = cudnn.conv, cudnn.rnn, matmul
+        found = [(turn(o, 'fp32_precision'), o.fp32_precision, 'ieee') for o in owners]
+    return [f for f in found if f[1] != f[2]]
+
+# %% ../nbs/foundation/12_questions.ipynb #7a0b92d4
+@contextlib.contextmanager
+def _unrounded(device, cast=contextlib.nullcontext()):
+    "Inside the block, and inside of `cast` in it, CUDA does not round float32, for any thread."
+    if device.type != 'cuda':
+        with cast: yield
+        return
+    with _guard:
+        _undo.append(_rounding())
+        for turn, _, off in _undo[-1]: turn(off)
+    try:
+        with cast: yield
+    finally:
+        with _guard:
+            for turn, was, _ in _undo.pop(): turn(was)
+
 # %% ../nbs/foundation/12_questions.ipynb #e1fc4c74
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 def autocast(
     device:torch.device,
     precision:str='fp32' # 'fp32', 'bf16' or 'fp16'
 ): # a context manager
-    "The network's precision inside the block; 'fp32' switches off an outer autocast. `ValueError` for any other word."
+    """The network's precision inside the block. 'fp32' switches off an outer autocast and TF32, and does not raise the
+    weights of a network in 16 bits. `ValueError` for any other word."""
     if precision not in PRECISIONS: raise ValueError(f'precision {precision!r}: expected one of {tuple(PRECISIONS)}')
     low = precision != 'fp32'
-    return torch.autocast(device.type, PRECISIONS[precision] if low else None, enabled=low)
+    cast = torch.autocast(device.type, PRECISIONS[precision] if low else None, enabled=low)
+    return cast if low else _unrounded(device, cast)
 
 # %% ../nbs/foundation/12_questions.ipynb #ec0f2ff5
 BASELINES = 'white', 'black', 'mean', 'blur', 'noise'
@@ -128,10 +162,12 @@ def batches(self:Question,
 ):
     "Every pair (i, j) once, image by image, in even batches; half as large where memory runs out."
     start, n = (v*k for v in rows.indices(len(self.x))[:2])
+    exact = functools.partial(_unrounded, self.device) if self.precision == 'fp32' else contextlib.nullcontext
     while start < n:
         rounds = -(-(n - start)//self.batch_size)
         p = torch.arange(start, start - (start - n)//rounds, device=self.device)
-        try: work(p//k, p % k)
+        try:
+            with exact(): work(p//k, p % k)   # backwards, too
         except RuntimeError as e:
             if self.batch_size == 1 or not should_reduce_batch_size(e): raise
             self.batch_size //= 2
@@ -140,6 +176,7 @@ def batches(self:Question,
         start += len(p)
         if self.bar is not None: self.bar.update(len(p))
 
+# %% ../nbs/foundation/12_questions.ipynb #c85b20f7
 @patch
 def ask(self:Question, images, i):
     "Scores (b,) of `images` (b, 3, H, W), variants of the images `i` (b,), with their graph."
@@ -167,8 +204,11 @@ def gradients(self:Question, make=None, k=1, each=None):
     with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model): self.batches(k, work)
     return out
 
+# %% ../nbs/foundation/12_questions.ipynb #91e4ad07
 @patch(as_prop=True)
-def _scale(self:Question): return 1024. if self.precision == 'fp16' else 1.
+def _scale(self:Question):
+    half = self.precision == 'fp16' or any(p.dtype == torch.float16 for p in self.model.parameters())
+    return 1024. if half else 1.
 
 @patch
 def _unscaled(self:Question, g): return g if self._scale == 1 else g/self._scale

@@ -63,7 +63,8 @@ def smoothgrad(q, *, n_samples=25, noise=.15, kind='smoothgrad', channels='sum',
 
     n_samples: noisy copies of each image; they are not clamped to [0, 1]
     noise: standard deviation as a share of each image's range, max − min
-    kind: 'smoothgrad' (mean, signed as `saliency` is), 'smoothgrad_sq' (mean square) or 'vargrad' (variance)
+    kind: 'smoothgrad' (mean, signed as `saliency` is), 'smoothgrad_sq' (mean square) or 'vargrad' (variance;
+      Adebayo et al. 2018)
     channels: as in `saliency`
     Details: 'gradient' and 'squared_gradient' (N, 3, H, W), the means."""
     if kind not in _KINDS: raise ValueError(f'kind {kind!r}: expected one of {", ".join(_KINDS)}')

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .classifier import Classifier, copied, get_layer, predict
-from .controls import control_table, edge_map, other, seeded
+from .controls import _settle, control_table, edge_map, other, seeded
 from .maps import as_maps, is_blank, ssim, unit_ranks
 from .methods import choose
 from .models import build
@@ -32,8 +32,12 @@ def _redrawn(model, names, seed):
     return fresh.to(model.device).eval()
 
 def _draw(m):
-    if hasattr(m, 'reset_parameters'): return m.reset_parameters()   # batch statistics, too
-    for p in m.parameters(recurse=False): p.copy_(p.flatten()[torch.randperm(p.numel())].view_as(p))
+    "By the layer's own rule, batch statistics too; what no rule changed is shuffled."
+    before = [(p, p.clone()) for p in m.parameters(recurse=False)]
+    if hasattr(m, 'reset_parameters'): m.reset_parameters()
+    for p, b in before:
+        if torch.equal(p, b): p.copy_(p.flatten()[torch.randperm(p.numel())].view_as(p))
+    _settle(m)
 
 # %% ../nbs/12_sanity_checks.ipynb #b98c3769
 def stages(

@@ -32,6 +32,12 @@ def by_hand(model, layer, x, fold, f):
     return dict(gradcam=(g.mean((2, 3), keepdim=True)*A).sum(1), hirescam=(g*A).sum(1), layercam=(g.relu()*A).sum(1))[f]
 
 
+def test_alpha_of_tiny_gradients():
+    "1/(2 + g·ΣA) where |g| is well above √eps = .001; below it the eps of grad-cam decides."
+    def found(g): return _alpha(torch.full((1, 1, 1, 1), 10.), torch.full((1, 1, 1, 1), g)).item()
+    assert abs(found(.1) - 1/3) < 1e-4 and abs(found(1e-4) - .0098) < 1e-4 and abs(1/(2 + 1e-3) - .4998) < 1e-4
+
+
 class Tokens(nn.Module):
     "Patches of 8×8, a class token in front: 1 + 6·8 = 49 tokens of an image of 48×64, which a guess takes for 7×7."
     def __init__(self):

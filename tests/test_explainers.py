@@ -185,3 +185,16 @@ def test_nothing_is_left_behind(method, training):
         with torch.inference_mode(): method(training, X)
         with torch.no_grad(): method(training, X, 1)
     assert state() == before
+
+
+def test_norms_that_mix_the_images_of_a_batch():
+    "Without running statistics batch normalisation uses those of the batch in evaluation, too; other norms never do."
+    def net(norm): return Classifier(nn.Sequential(nn.Conv2d(3, 8, 5, 3), norm, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 2)))
+    mixed = net(nn.BatchNorm2d(8, track_running_stats=False))
+    assert (mixed.eval()(X)[:1] - mixed(X[:1])).abs().max() > 1e-3   # why it is refused
+    for f in CHEAP.values():
+        with pytest.raises(ValueError, match="layer '1' has no running statistics"): f(mixed, X, 1)
+    for norm in (nn.InstanceNorm2d(8), nn.GroupNorm(2, 8), nn.LayerNorm([8, 31, 31]), nn.BatchNorm2d(8)):
+        assert occlusion(net(norm), X, 1, window=48, stride=48).isfinite().all()
+    mixed.net[1].running_mean, mixed.net[1].running_var = torch.zeros(8), torch.ones(8)   # what the message says
+    assert occlusion(mixed, X, 1, window=48, stride=48).isfinite().all()

@@ -186,6 +186,22 @@ def test_cuts():
     assert abs(told(mask_iou, shuffled, truth[:1].expand(300, -1, -1))[0].mean()) < .01
 
 
+def test_a_compact_region_has_a_little_more_iou_than_pixels_drawn_at_random():
+    "Over all shifts of a square that fits the mask, and of half a patch: 0 is the chance of scattered pixels alone."
+    n, low = 24, {}
+    for name, region in dict(square=(slice(n//2), slice(n//2)), half=(slice(n), slice(n//2))).items():
+        mask = torch.zeros(1, n, n, dtype=torch.bool)
+        mask[0][region] = True
+        moves = torch.stack([mask[0].roll((i, j), (0, 1)) for i in range(n) for j in range(n)]).float()
+        excess, d = told(LOCALISATION['matched_iou'], moves, mask.expand(n*n, -1, -1), details=True)
+        low[name], a = excess.mean(), mask.float().mean().item()
+        close(d['chance'].mean(), a/(2 - a))
+    close(list(low.values()), [.0235, .0535], .05)
+    side = np.minimum(np.arange(96), 96 - np.arange(96)) # 96×96, a square of 48: overlaps of rows times those of columns
+    both = np.outer(48 - side, 48 - side)
+    close((both/(2*48**2 - both)).mean(), .1645, 1e-3)   # of scattered pixels: 1/7 = .1429
+
+
 def test_matched_iou_follows_from_rank_accuracy():
     maps, masks = torch.randn(6, 15, 15), torch.rand(6, 15, 15) > .6
     r = told(rank_accuracy, maps, masks, details=True)[1]['inside']
@@ -302,8 +318,19 @@ def test_distance_of_the_truth_from_itself():
     close(table.rho['white'], 1.); close(table.off['white'], 0., 1e-3); close(table.bias['white'], 0., 1e-3)
     black = (d['black'] - d['rendered']).nan_to_num(0)
     close(table.off['black'], (black.abs().sum(1)/torch.tensor([4, 6]).cpu()).mean(), 1e-5)
-    close(table.bias['black'], black.sum()/10, 1e-5); close(table['size'].tolist(), [d['rendered'].abs().nanmean().item()]*2, 1e-5)
+    close(table.bias['black'], (black.sum(1)/torch.tensor([4, 6]).cpu()).mean(), 1e-5)
+    close(table['size'].tolist(), [d['rendered'].abs().nanmean(1).mean().item()]*2, 1e-5)
     assert table.rho_low.isna().all() and (table.n == 2).all()   # two slides: no interval
+
+
+def test_paint_that_does_nothing_is_off_by_the_size():
+    "Patches with three and with five parts; where paint lowers the score more than the removal, the bias is positive."
+    d = torch.tensor([[3., -6, 9, torch.nan, torch.nan], [1, -1, 1, -1, 1]])
+    table = replacement_distance(d, dict(nothing=0*d, more=d + 1, twice=2*d)).set_index('kind')
+    for k in ('nothing', 'twice'): close(table.off[k], table['size'][k], 1e-6)
+    close([table['size'].nothing, table.bias['more'], table.bias.nothing], [(6 + 1)/2, 1, -(2 + .2)/2], 1e-6)
+    one = torch.full((1, 3), -1.)
+    assert replacement_distance(one, dict(more=2*one)).bias[0] == -1   # paint raises the score by 2, the removal by 1
 
 
 def test_distance_leaves_out_patches_with_two_parts():

@@ -11,7 +11,7 @@ from torch import nn
 
 from conftest import settled
 from pcam_tp.cam import CAMS
-from pcam_tp.classifier import Classifier, class_score
+from pcam_tp.classifier import Classifier, class_score, predict
 from pcam_tp.models import MODELS, build, small_cnn
 from pcam_tp.saliency import guided_backprop, input_x_gradient, saliency, smoothed, smoothgrad
 
@@ -438,3 +438,47 @@ def test_words_of_own_options():
     with pytest.raises(ValueError, match='no nn.ReLU module, but no activation module'): guided_backprop(linear, TINY)
     hook.remove()
     assert not passes, 'before anything is computed'
+
+
+def test_gradients_of_float16_weights_do_not_vanish():
+    "A sure answer, p = .9999: of so small a gradient float16 keeps next to nothing, unless it is scaled."
+    full = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3*96*96, 2)))
+    layer = full.net[1]
+    with torch.no_grad():
+        layer.weight /= 100
+        layer.bias += torch.tensor([0., 9.2]) - full(X[:1])[0]
+    half = Classifier(copy.deepcopy(full.net).half())
+    a, b = (saliency(m, X[:1], 1, score='probability', channels='sum') for m in (full, half))
+    assert (a - b).abs().mean()/a.abs().mean() < .05
+
+
+def test_float32_is_not_rounded_on_cuda():
+    "TF32 is off in both passes of precision 'fp32', for several threads at once, and as it was before afterwards."
+    cudnn, matmul, seen = torch.backends.cudnn, torch.backends.cuda.matmul, []
+    def look(*_): seen.append((cudnn.enabled, cudnn.allow_tf32, matmul.allow_tf32))
+    class Looking(nn.Module):
+        def forward(self, x):
+            look()
+            x = x.clone()
+            if x.requires_grad: x.register_hook(look)
+            return x.mean((2, 3))[:, :2]
+    models, before = [Classifier(Looking()) for _ in range(3)], (cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    on = X.is_cuda
+    try:
+        cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision('medium')
+        for m in models: predict(m, X)   # the first question of all asks for one answer more
+        seen.clear()
+        threads = [threading.Thread(target=lambda m=m: [saliency(m, X, 1) for _ in range(5)]) for m in models]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        within = set(seen)
+        seen.clear()
+        saliency(models[0], X, 1, precision='bf16')
+        assert set(seen) == {(True, True, True)}, 'nobody asked for 32 bits'
+        look()
+        after = seen[-1], torch.get_float32_matmul_precision()
+    finally:
+        cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+    assert within == {(True, not on, not on)} and after == ((True, True, True), 'medium')

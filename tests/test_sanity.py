@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from pcam_tp.classifier import Classifier
-from pcam_tp.controls import edge_map, random_map
+from pcam_tp.controls import edge_map, random_map, untrained
 from pcam_tp.models import build
 from pcam_tp.questions import explainer
 from pcam_tp.saliency import input_x_gradient, saliency
@@ -64,6 +64,32 @@ def test_nothing_is_left_of_the_network_nor_of_its_start(make):
     for n, p in weights(last.net).items():   # no two layers share their dice
         assert not any(torch.equal(p, q) for q in shapes.setdefault(p.shape, [])), n
         shapes[p.shape].append(p)
+
+
+@pytest.mark.parametrize('norm', [nn.utils.weight_norm, nn.utils.spectral_norm,
+                                  nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*is deprecated')
+def test_weights_that_are_made_of_others_are_new_too(norm):
+    "The own rule of such a layer fills `weight`, which the next pass makes of its parameters again."
+    net = plain()
+    for k in (0, 2): norm(net[k])
+    with torch.no_grad(): net.train()(torch.rand(2, 3, 8, 8, device='cpu'))   # the spectral norm of the weights becomes known
+    model = as_it_is(net)
+    *_, (_, last) = randomised(model)
+    for fresh in (untrained(model), last):
+        found = fresh(X[:, :, :8, :8])
+        assert found.isfinite().all() and .01 < found.std()/model(X[:, :, :8, :8]).std() < 100
+        for k in (0, 2):
+            a, b = (m.net[k].weight.flatten().cpu() for m in (model, fresh))
+            assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < .4 and (a != b).float().mean() > .9, k
+
+
+def test_what_one_layer_keeps_moves_no_other_layers_dice():
+    "A scale of 1 that is 1 again is shuffled last, so that networks draw what they always drew."
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    trained = copy.deepcopy(net)
+    nn.init.normal_(trained[1].weight); nn.init.normal_(trained[1].bias)
+    for a, b in zip(*(untrained(as_it_is(n)).parameters() for n in (net, trained))): assert torch.equal(a, b)
 
 
 def test_a_layer_draws_the_same_in_every_order(small):
