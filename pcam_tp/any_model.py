@@ -6,7 +6,7 @@
 __all__ = ['METHODS_SHOWN', 'top_classes', 'class_maps', 'depth_maps', 'map_numbers', 'analyse_folder', 'reading_guide']
 
 # %% ../nbs/14_any_model.ipynb #8d7ba518
-import hashlib, json
+import functools, json
 from itertools import groupby
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from fastcore.basics import patch
 
 from .classifier import Classifier, predict
 from .controls import with_controls
-from .core import atomic, best_batch_size, fingerprint, progress
+from .core import atomic, best_batch_size, progress
 from .folders import IMAGES, read_image
+from .identity import kept_as
 from .maps import as_maps, rank_correlation
 from .methods import choose
 from .plots import as_images, overlay
@@ -107,9 +108,14 @@ class _Analysis:
     def __init__(self, model, root, out, methods, size, options):
         self.model, self.root, self.out, self.size, self.options = model, Path(root), Path(out), size, options
         self.methods = choose(methods, model)
-        settings = {k: [e.__name__, *map(str, sorted(e.settings.items()))] for k, e in self.methods.items()}
-        weights = hashlib.sha256(b''.join(v.detach().cpu().numpy().tobytes() for v in model.state_dict().values()))
-        self.key = fingerprint(weights=weights.hexdigest(), methods=settings, size=size, **options)
+
+    @functools.cached_property
+    def key(self):
+        "The name of what is kept, or None. Classes without names get them by use."
+        for p in () if self.model.classes else self.paths():
+            try: predict(self.model, read_image(p, self.size)); break
+            except _UNREADABLE: continue
+        return kept_as('rows', model=self.model, methods=self.methods, size=self.size, **self.options)
 
     def folder(self, path): return self.out/path.relative_to(self.root)   # with the extension: a.png and a.jpg differ
     def label(self, path): return path.parent.name if path.parent.name in self.model.classes else None
@@ -118,6 +124,7 @@ class _Analysis:
 @patch
 def done(self:_Analysis, path):
     "The row of an image that an earlier run with the same network and methods has finished, or None."
+    if self.key is None: return None
     try: kept = json.loads((self.folder(path)/'result.json').read_text(encoding='utf-8'))
     except (FileNotFoundError, json.JSONDecodeError): return None
     return kept['row'] if kept['key'] == [self.key, path.stat().st_size, path.stat().st_mtime_ns] else None
@@ -149,7 +156,7 @@ def write(self:_Analysis, path, x, maps, row):
     for k, m in maps.items(): save(k, overlay(x, m))
     with atomic(folder/'maps.h5') as tmp, h5py.File(tmp, 'w') as f:
         for k, m in maps.items(): f[k] = m.numpy()
-        f.attrs.update(target=row['predicted'], score=self.options.get('score', 'log_odds'), key=self.key)
+        f.attrs.update(target=row['predicted'], score=self.options.get('score', 'log_odds'), key=self.key or '')
     key = [self.key, path.stat().st_size, path.stat().st_mtime_ns]
     text = json.dumps(dict(key=key, row=row), indent=1)
     with atomic(folder/'result.json') as tmp: tmp.write_text(text, encoding='utf-8')
@@ -209,8 +216,8 @@ def analyse_folder(
     most:int=None, # images, the first in the order of their names; all if None
     **options # `score`, `baseline`, `precision`, `batch_size`, `seed`
 ) -> pd.DataFrame: # a row per image, as in summary.csv
-    """Prediction, maps and pictures of every image. Files that fail have a row with the reason in `error`, and are
-    counted aloud. What an earlier run has finished is kept. `FileNotFoundError` where there is no image."""
+    """Prediction, maps and pictures of every image. Files that fail are counted aloud, their rows say why in `error`.
+    What is finished is kept, if it has a name: see `identity.kept_as`. `FileNotFoundError` where there is no image."""
     job = _Analysis(model, root, out, methods, size, options)
     paths, rows, step = job.paths()[:most], [], options.get('batch_size') or min(32, best_batch_size(model.device))
     with progress(total=len(paths), desc='analysing', unit='image') as bar:

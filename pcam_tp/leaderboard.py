@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'DECIDE', 'PARTS', 'choose_metrics', 'plan', 'Measured', '
            'certify']
 
 # %% ../nbs/13_leaderboard.ipynb #4108e10a
-import contextlib, functools, hashlib, inspect, random, time, warnings
+import contextlib, functools, random, time, warnings
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +24,11 @@ from torch import nn
 # %% ../nbs/13_leaderboard.ipynb #cfde0e2a
 from .classifier import Classifier, copied, evaluating, predict
 from .controls import CONTROL_KINDS, CONTROLS, _check_names, seeded, untrained, with_controls
-from .core import atomic, home, progress, run_name, save_figure, save_table
+from .core import atomic, fingerprint, home, progress, run_name, save_figure, save_table
 from .data import open_splits, subset, to_float
 from .detective import shortcut_test
 from .faithfulness import aopc, deletion, insertion, srg
+from .identity import described, kept_as, weights_id
 from .localisation import LOCALISATION
 from .maps import is_blank
 from .measures import remaker
@@ -103,27 +104,6 @@ def plan(
     table = pd.DataFrame(rows)
     return table.assign(passes=table.per_image*len(x), minutes=table.per_image*len(x)*each)
 
-# %% ../nbs/13_leaderboard.ipynb #b626b019
-def _digest(*values):
-    "A name for tensors, texts, numbers, and lists and dicts of them: every bit counts."
-    h = hashlib.blake2b(digest_size=10)
-    for v in values:
-        if isinstance(v, np.ndarray): v = torch.from_numpy(v)
-        if isinstance(v, dict): v = sorted(v.items(), key=str)
-        if isinstance(v, (list, tuple)): v = _digest(*v)
-        h.update(f'{v.dtype} {tuple(v.shape)}'.encode() if torch.is_tensor(v) else str(v).encode() + b';')
-        if torch.is_tensor(v): h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
-
-def _network(model):
-    "What shapes the answers of a network."
-    return _digest(model.net, model.crop, model.size, model.mean, model.std, *sum(model.state_dict().items(), ()))
-
-def _written(m):
-    "A metric's own code."
-    try: return inspect.getsource(m.__wrapped__)
-    except (OSError, TypeError): return m.__wrapped__.__code__.co_code.hex()
-
 # %% ../nbs/13_leaderboard.ipynb #5bae0e97
 class _Bench:
     "One network, its images and classes; measures methods and keeps what it has measured in a folder."
@@ -133,7 +113,9 @@ class _Bench:
         self.twin = untrained(model, seed) if 'untrained' in controls else None
         self.folder = None if keep is False else Path(keep or home('data', 'leaderboard'))
         self.asked = list(questions(model, x, target, seed=seed, **options))   # they keep what all methods share
-        self.made_of = _digest(_network(model), x, target, masks, seed, options)
+        about = dict(model=model, x=x, target=target, masks=masks, seed=seed, **options)
+        shared = self.folder and kept_as('values', **about)
+        self.names = {k: shared and kept_as(f'values of {k}', shared=shared, metric=m) for k, m in metrics.items()}
 
     def remakers(self, name, e):
         "How the maps of other images are made, for the rows that can."
@@ -165,18 +147,19 @@ def values(self:_Bench, name, e):
     maps, remakers, out = {k: v.cpu() for k, v in made.items()}, self.remakers(name, e), {}
     same = lambda v: len(v) > 1 and bool((v == v[:1]).all())
     fixed = {k for k, v in maps.items() if same(v) or bool(is_blank(v).all())}
+    shaped = self.folder and fingerprint(described(maps))
     for metric, m in self.metrics.items():
         if self.bar is not None: self.bar.set_postfix_str(f'{name} by {metric}')
         work = lambda: self.measure(m, maps, remakers)
-        label = _digest(self.made_of, metric, m.settings, m.score, _written(m),
-                        *sum(maps.items(), ()))
-        out[metric] = self.kept(f'{name}-{metric}-{label}', work)
+        asked = e if m.needs == 'remake' else None
+        label = self.names[metric] and kept_as(f'{name} by {metric}', of=self.names[metric], maps=shaped, asked=asked)
+        out[metric] = self.kept(label and f'{name}-{metric}-{label}', work)
     return out, fixed
 
 @patch
 def kept(self:_Bench, name, work):
-    "What `work` gives, read from its file if it was done before."
-    if self.folder is None: return work()
+    "What `work` gives, read from its file if it was done before; there is none without a name."
+    if name is None: return work()
     path = self.folder/f'{name.replace("/", "_")}.csv'
     if path.exists(): return {k: v.to_numpy('float32') for k, v in pd.read_csv(path).items()}
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -278,7 +261,7 @@ def measured(
     if masks is not None: masks = _as_regions(masks, x)
     target = predicted if target is None else torch.as_tensor(target)
     values, fixed = _all_values(_Bench(model, x, target, metrics, masks, controls, **options), entries)
-    regions = None if masks is None else np.array([int(_digest(m)[:15], 16) for m in masks])
+    regions = None if masks is None else np.array([int(fingerprint(described(m)), 16) for m in masks])
     return Measured(values, fixed, predicted.numpy(), regions)
 
 # %% ../nbs/13_leaderboard.ipynb #456eb7dc
@@ -309,7 +292,8 @@ def leaderboard(
               # `score`, `baseline`, `precision`, `batch_size` of `Question`
 ) -> pd.DataFrame: # tidy: a row per group, metric, method and control; see above
     """Every method by every metric, beside its controls: mean, interval, rank, paired difference in the direction of
-    better, p by sign flips, Holm's p within a metric and group. Interrupted, it goes on where it stopped."""
+    better, p by sign flips, Holm's p within a metric and group. Interrupted, it goes on where it stopped; what
+    has no description (see `identity.described`) is measured each time, and a warning says so."""
     metrics = choose_metrics(metrics, masks)
     by, y = _each('by', by, len(x)), _each('y', y, len(x))
     found = measured(model, x, methods, metrics, masks=masks, controls=controls, **options)
@@ -561,10 +545,10 @@ def _state(model):
     modules = list(model.modules())
     hooks = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
     return {'modes': [m.training for m in modules],
-            'weights and statistics': _digest(*model.state_dict().values()),
+            'weights and statistics': weights_id(model),
             'gradients': [(p.requires_grad, p.grad is None) for p in model.parameters()],
             'layers and hooks': [(type(m), *(len(getattr(m, h)) for h in hooks)) for m in modules],
-            'random numbers': _digest(torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate())}
+            'random numbers': described([torch.get_rng_state(), np.random.get_state(), random.getstate()])}
 
 def _side_effects(exam, call, device):
     x, target = _textured(3, device), torch.tensor([0, 2, 1], device=device)

@@ -7,7 +7,6 @@ __all__ = ['HAAS_CONTROLS', 'linf_noise', 'max_sensitivity', 'unit_maps', 'highl
            'haas_table', 'roar_splits', 'roar']
 
 # %% ../nbs/09c_robustness.ipynb #69c3f82b
-import hashlib
 from dataclasses import replace
 from itertools import islice
 
@@ -22,8 +21,9 @@ from sklearn.preprocessing import StandardScaler
 
 from .classifier import Classifier, evaluating, predict
 from .controls import other, random_map
-from .core import fingerprint, home, make_once, sizes
-from .data import Batches, Split, split_id
+from .core import home, make_once, sizes
+from .data import Batches, Split, split_id, to_float
+from .identity import kept_as
 from .measures import metric, unit_places
 from .questions import autocast, row_dice
 from .recipe import trained
@@ -216,22 +216,15 @@ def _holes_of(model, split, e, fractions):
         parts.append(np.packbits(np.stack(cut, 1), axis=2))
     return np.concatenate(parts)
 
-def _code(f):
-    "What a function does, so that an explainer that somebody edits is another one."
-    def parts(c): return [c.co_code.hex(), c.co_names, [parts(k) if hasattr(k, 'co_code') else k for k in c.co_consts]]
-    return parts(f.__code__)
-
 # %% ../nbs/09c_robustness.ipynb #200b94f0
-def _holes_file(model, splits, e, fractions):
-    "The file with the holes of all splits, made once for these weights, this explainer and these fractions."
-    h = hashlib.blake2b(digest_size=8)
-    for name, v in model.state_dict().items(): h.update(name.encode() + v.detach().cpu().float().numpy().tobytes())
-    made_of = fingerprint(*map(split_id, splits), h.hexdigest(), e.settings, _code(e.__wrapped__), fractions)
-    file = home('data', 'roar')/f'{e.__name__}-{made_of}.h5'
+def _holes(model, splits, e, fractions, name):
+    "Which pixels go, of each split: made once for this name, or each time without one."
+    if name is None: return [_holes_of(model, s, e, fractions) for s in splits]
     def make(tmp):
         with h5py.File(tmp, 'w') as f:
             for k, s in enumerate(splits): f[str(k)] = _holes_of(model, s, e, fractions)
-    return make_once(file, make, f'what {e.__name__} removes')
+    file = make_once(home('data', 'roar')/f'{e.__name__}-{name}.h5', make, f'what {e.__name__} removes')
+    with h5py.File(file) as f: return [f[str(k)][:] for k in range(len(splits))]
 
 # %% ../nbs/09c_robustness.ipynb #6a6a1efa
 def roar_splits(
@@ -241,12 +234,15 @@ def roar_splits(
     fractions=(.1, .5) # of the pixels that go
 ): # yields method, fraction and the splits without these pixels, which are replaced when they are read
     """The pixels that a map names first, for the predicted class, become the mean colour of the training patches, in
-    every split. The pixels are found once and kept in data/roar. `ValueError` for fractions outside (0, 1)."""
+    every split. The pixels are found once and kept in data/roar, but for an explainer that has no description (see
+    `identity.described`): a warning says so. `ValueError` for fractions outside (0, 1)."""
     if not all(0 < f < 1 for f in fractions): raise ValueError(f'fractions {fractions}: expected shares in (0, 1)')
     colour = _mean_colour(splits[0])
+    predict(model, to_float(splits[0].patches([0]), model.device))   # classes without names get them by use
+    shared = kept_as('holes', model=model, splits=[*map(split_id, splits)], fractions=fractions)
     for method, e in explainers.items():
-        with h5py.File(_holes_file(model, splits, e, fractions)) as f:
-            hidden = [f[str(i)][:] for i in range(len(splits))]
+        name = shared and kept_as(f'holes of {method}', shared=shared, explainer=e)
+        hidden = _holes(model, splits, e, fractions, name)
         for k, f in enumerate(fractions):
             yield method, f, [_without(s, h[:, k], colour) for s, h in zip(splits, hidden)]
 

@@ -1,6 +1,7 @@
 "Any model: one line for every file, what was kept is what would be computed, a cut run goes on, odd networks and images."
 import json
 
+import captum.attr
 import h5py
 import numpy as np
 import pandas as pd
@@ -12,8 +13,9 @@ from conftest import settled
 from pcam_tp import any_model
 from pcam_tp.any_model import analyse_folder, class_maps, depth_maps, map_numbers, reading_guide, top_classes
 from pcam_tp.classifier import Classifier, predict
+from pcam_tp.methods import METHODS, from_captum
 from pcam_tp.models import build
-from pcam_tp.questions import answers
+from pcam_tp.questions import answers, explainer
 from pcam_tp.saliency import saliency
 
 NAMES = 'fibre', 'gland', 'vessel'
@@ -93,6 +95,54 @@ def test_another_question_starts_anew(model, folder, tmp_path):
     assert run() == 1
     (tmp_path/'out'/'c.bmp'/'result.json').write_text('{"key": [')
     assert run() == 1
+
+
+def asked_again(folder, out):
+    "A function (model, methods, options) → how many images were asked anew."
+    def run(*args, **options):
+        stamps = lambda: {p: p.stat().st_mtime_ns for p in out.rglob('result.json')}
+        before = stamps()
+        analyse_folder(args[0], folder, out, *args[1:], **options)
+        return sum(before.get(p) != t for p, t in stamps().items())
+    return run
+
+
+def test_another_view_of_the_images_starts_anew(model, folder, tmp_path):
+    "The weights and their names are the same: another normalisation, crop, output, or code."
+    run = asked_again(folder, tmp_path/'out')
+    class Tempered(torch.nn.Module):
+        def __init__(self, net, t): super().__init__(); self.net, self.t = net, t
+        def forward(self, x): return self.net(x)/self.t
+    given = dict(layers=('net.' + model.layers[-1],), classes=NAMES)
+    seen = lambda t=1., **how: Classifier(Tempered(model.net, t), **given | how)
+    for how in ({}, dict(mean=(.5, .5, .5)), dict(std=(.5, .5, .5)), dict(crop=64), dict(output=lambda out: out.flip(1)), dict(t=2.)):
+        assert (run(seen(**how), 'saliency'), run(seen(**how), 'saliency')) == (4, 0), how
+
+
+def test_other_options_start_anew(model, folder, tmp_path):
+    "Those inside an adapter, and images that differ where the text of a tensor has dots."
+    run = asked_again(folder, tmp_path/'out')
+    ig = lambda n: dict(IG=from_captum(captum.attr.IntegratedGradients, n_steps=n))
+    assert [run(model, ig(n), size=96) for n in (2, 50, 50)] == [4, 4, 0]
+    hides = torch.zeros(2, 3, 96, 96)
+    hides[1, 1, 40, 40] = 1
+    assert [run(model, 'occlusion', size=96, baseline=b) for b in (*hides, hides[1])] == [4, 4, 0]
+    assert [run(model, dict(m=METHODS['occlusion'].using(baseline=b)), size=96) for b in (*hides, hides[1])] == [4, 4, 0]
+
+
+def test_what_has_no_description_is_computed_each_time(model, folder, tmp_path):
+    run, noise = asked_again(folder, tmp_path/'out'), np.random.default_rng(0)
+    @explainer(signed=True, source='a test')
+    def drawn(q): return q.x.mean(1)*float(noise.random())
+    with pytest.warns(UserWarning, match='nothing is kept'): assert run(model, dict(drawn=drawn)) == 4
+    with pytest.warns(UserWarning, match='nothing is kept'): assert run(model, dict(drawn=drawn)) == 4
+
+
+def test_classes_without_names_are_found_first(folder, tmp_path):
+    "A network names its classes when it is first asked; a fresh one takes up what another has begun."
+    run, net = asked_again(folder, tmp_path/'out'), build('small_cnn', width=.1, n_classes=3).net
+    (folder/'0.png').write_bytes(b'no image')
+    assert [run(Classifier(net), 'saliency'), run(Classifier(net), 'saliency')] == [4, 0]
 
 
 def test_a_network_that_refuses_a_shape_loses_that_line_only(folder, tmp_path):

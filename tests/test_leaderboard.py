@@ -514,6 +514,68 @@ def test_what_is_kept_knows_large_tensors(model, tmp_path, changed):
     assert once and asked(slice(20, 40)) == 2*once and asked(slice(8, 14)) == 2*once
 
 
+class Tempered(Bright):
+    "Its logits are divided by a number that is no parameter."
+    def __init__(self, T): super().__init__(); self.T = T
+    def forward(self, x): return super().forward(x)/self.T
+
+
+class Twofold(Bright):
+    "Two networks in one."
+    def forward(self, x): z = super().forward(x); return z, z/3
+
+
+CHANGED = [lambda t: Classifier(Tempered(1. + t), mean=(0, 0, 0), std=(1, 1, 1)),
+           lambda t: Classifier(Twofold(), mean=(0, 0, 0), std=(1, 1, 1), output=t),
+           lambda t: Classifier(Bright(), mean=(0, 0, 0), std=(1, 1, 1), output=(lambda z: z, lambda z: z/3)[t])]
+
+
+@pytest.mark.parametrize('network', CHANGED, ids=['attribute', 'output', 'function'])
+def test_what_is_kept_knows_the_network(network, tmp_path):
+    "Maps, weights and target are the same; the values are not."
+    keeps = lambda t, keep: made(network(t).eval(), dict(truth=truth), 'deletion', controls=(), keep=keep)['mean']
+    for t in (0, 1, 0): pd.testing.assert_series_equal(keeps(t, tmp_path), keeps(t, False))
+    assert len(list(tmp_path.iterdir())) == 2*4   # the method and three that know nothing
+
+
+def test_what_is_kept_knows_the_metric(model, tmp_path):
+    "The score that it follows, and functions and numbers that it encloses."
+    def by(times, score='probability'):
+        @metric(higher=True, source='a test', score=score)
+        def weighed(q, maps): return times*q.scores()[:, 0]
+        return weighed
+    keeps = lambda m, keep: made(model, dict(truth=truth), dict(m=m), controls=(), keep=keep)['mean']
+    for m in (by(1), by(2), by(1, 'logit'), by(1)): pd.testing.assert_series_equal(keeps(m, tmp_path), keeps(m, False))
+    assert len(list(tmp_path.iterdir())) == 3*4
+
+
+def test_what_is_kept_knows_who_is_asked_again(model, tmp_path):
+    "Two explainers that agree on the clean images, and not beside them."
+    def near(by):
+        @explainer(signed=True, source='a test')
+        def spot(q): return truth.on(q)[0]*(1 + by*((q.x - clean(q)).abs().amax((1, 2, 3), keepdim=True)[:, 0] > 0))
+        return spot
+    clean = lambda q: X.to(q.device)[[*q.row_numbers]]
+    keeps = lambda e, keep: made(model, dict(spot=e), dict(moves=moves), controls=(), keep=keep)['mean']
+    for e in (near(1), near(3), near(1)): pd.testing.assert_series_equal(keeps(e, tmp_path), keeps(e, False))
+
+
+def test_what_has_no_description_is_measured_each_time(model, tmp_path):
+    dice, calls = np.random.default_rng(0), []
+    @metric(higher=True, source='a test')
+    def drawn(q, maps): calls.append(1); return maps.flatten(1).mean(1)*float(dice.random() > 2)
+    board_of = lambda: made(model, dict(truth=truth), PANEL | dict(drawn=drawn), controls=(), keep=tmp_path)
+    with pytest.warns(UserWarning, match='values of drawn: computed each time'): board_of()
+    files, once = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}, len(calls)
+    assert len(files) == 3*4 and not [p for p in files if 'drawn' in p.name]
+    with pytest.warns(UserWarning, match='values of drawn: computed each time'): board_of()
+    assert len(calls) == 2*once and {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == files
+    hooked = Classifier(Bright(), mean=(0, 0, 0), std=(1, 1, 1)).eval()
+    hooked.net.dice = dice
+    with pytest.warns(UserWarning, match='values: computed each time'): made(hooked, dict(truth=truth), keep=tmp_path/'none')
+    assert not (tmp_path/'none').exists()
+
+
 def test_a_name_is_no_control(model):
     two = {k: METHODS['saliency'] for k in ('IG', 'IG, black')}
     for f in (lambda: leaderboard(model, X, methods=two, metrics='srg', keep=False), lambda: with_controls(two, model, X)):

@@ -1,8 +1,9 @@
 """What a reader of 09c_robustness runs past: real layers, many classes, seeds and batches, no trace, Quantus' numbers,
-cut runs, edited explainers, splits with slides."""
+cut runs, holes of one explainer that are no other's, splits with slides."""
 from dataclasses import replace
 from pathlib import Path
 
+import captum.attr
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,12 +17,14 @@ from pcam_tp.cam import gradcam
 from pcam_tp.classifier import Classifier, predict
 from pcam_tp.controls import centre_map, random_map, untrained
 from pcam_tp.data import Split
+from pcam_tp.leaderboard import as_explainer
 from pcam_tp.measures import measure, remaker
+from pcam_tp.methods import from_captum
 from pcam_tp.models import build
 from pcam_tp.questions import Question, explainer
-from pcam_tp.robustness import (_code, _hole_grid, _without, haas, haas_controls, haas_gain, haas_table, highlighted, linf_noise,
+from pcam_tp.robustness import (_hole_grid, _without, haas, haas_controls, haas_gain, haas_table, highlighted, linf_noise,
                                 max_sensitivity, roar, roar_splits, unit_maps)
-from pcam_tp.saliency import input_x_gradient, saliency, smoothgrad
+from pcam_tp.saliency import input_x_gradient, saliency, smoothed, smoothgrad
 
 X = torch.rand(5, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 NEAR = dict(rtol=1e-3, atol=1e-5)   # norms of 2,304 differences in 32 bits
@@ -276,14 +279,41 @@ def test_a_cut_run_goes_on(splits, monkeypatch):
     pd.testing.assert_frame_equal(table, again)
 
 
-def test_an_edited_explainer_is_another_one():
-    def f(q): return q.x.sum(1)
-    def g(q): return q.x.sum(1)
-    def h(q): return -q.x.sum(1)
-    assert _code(f) == _code(g) != _code(h)
-    def inner(q): return (lambda v: v + 1)(q.x)
-    def other(q): return (lambda v: v + 2)(q.x)
-    assert _code(inner) != _code(other) and 'object at' not in str(_code(inner))
+def holes(splits, explainers, model):
+    "Where each method cuts the test patches, name → (N, H, W)."
+    return {m: parts[2].raw.holes() for m, _, parts in roar_splits(model, splits, explainers, (1/16,))}
+
+
+def test_each_explainer_cuts_its_own_holes(splits, tmp_path):
+    "Two with the same code around them: functions, wrapped methods, adapters and their options."
+    model = settled(build('small_cnn', width=.1, classes=('blue', 'red')), X)
+    top, left = torch.zeros(2, 16, 16)
+    top[0], left[:, 0] = 1, 1   # a sixteenth of the pixels
+    marks = lambda m: as_explainer(lambda model, x, target: m.to(x.device).expand(len(x), -1, -1))
+    adapted = lambda n: from_captum(captum.attr.IntegratedGradients, n_steps=n)
+    found = holes(splits, dict(top=marks(top), left=marks(left), lit=as_explainer(lambda model, x, target: x.amax(1)),
+                               dark=as_explainer(lambda model, x, target: -x.amax(1)), flat=smoothed(square, 2),
+                               deep=smoothed(saliency, 2), two=adapted(2), six=adapted(6)), model)
+    assert (found['top'] == (top > 0).numpy(force=True)).all() and (found['left'] == (left > 0).numpy(force=True)).all()
+    for a, b in (('top', 'left'), ('lit', 'dark'), ('flat', 'deep'), ('two', 'six')): assert (found[a] != found[b]).any(), (a, b)
+    assert len(found) == len([*(tmp_path/'data'/'roar').glob('*.h5')])
+
+
+def test_each_network_cuts_its_own_holes(splits):
+    "The same weights behind another normalisation, or another output."
+    net = settled(build('small_cnn', width=.1), X).net
+    of = lambda **how: holes(splits, dict(g=input_x_gradient), Classifier(net, **how))['g']
+    kinds = [of(), of(std=(.9, .1, .3)), of(output=lambda out: out*torch.tensor([1., -2.], device=out.device))]
+    assert len({h.tobytes() for h in kinds}) == 3 and (of() == kinds[0]).all()
+
+
+def test_what_has_no_description_is_cut_each_time(splits, tmp_path):
+    model, dice, calls = settled(build('small_cnn', width=.1, classes=('blue', 'red')), X), np.random.default_rng(0), []
+    drawn, once = as_explainer(lambda model, x, target: calls.append(1) or x.amax(1)*float(dice.random())), None
+    for n in (1, 2):
+        with pytest.warns(UserWarning, match='holes of drawn: computed each time'): assert holes(splits, dict(drawn=drawn), model)
+        once = once or len(calls)
+        assert len(calls) == n*once and not [*(tmp_path/'data').rglob('*.h5')]
 
 
 def test_fractions_and_seeds(splits):
