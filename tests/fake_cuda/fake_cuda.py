@@ -27,7 +27,7 @@ from torch._C import TensorBase
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda', 0)
 NAME, CAPABILITY, MEMORY = 'Fake CUDA', (9, 0), 80*2**30
-KNOWN = '2.14',   # versions of torch on which selftest.py passes
+KNOWN = '2.14', '2.15'   # versions of torch on which selftest.py passes
 aten = torch.ops.aten
 JITTER = os.environ.get('FAKE_CUDA_JITTER', '0') not in ('', '0')
 NO_NUMPY = "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
@@ -557,6 +557,12 @@ def _properties():
                                  max_threads_per_multi_processor=2048)
 
 
+def _own(value):
+    "A function as an object of its own: torch 2.15 has a table of functions, and no two names may share one."
+    if not isinstance(value, types.FunctionType): return value
+    return types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, value.__closure__)
+
+
 def _patch_cuda():
     c, g, properties = torch.cuda, default_generator, _properties()
     zero, none = lambda *a, **k: 0, lambda *a, **k: None
@@ -584,6 +590,7 @@ def _patch_cuda():
                    _DeviceGuard=_Context, _exchange_device=zero, _maybe_exchange_device=zero, CUDAGraph=CUDAGraph,
                    graph=_Recording, set_sync_debug_mode=_set_strict, get_sync_debug_mode=lambda: 2*_strict)
     for name, value in (state | facts | memory | random | streams).items():
+        value = _own(value)
         setattr(c, name, value)
         for module in (c.memory, c.random):
             if hasattr(module, name): setattr(module, name, value)
