@@ -8,7 +8,7 @@ __all__ = ['SCORES', 'PCAM_MEAN', 'PCAM_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', '
            'layer_output', 'copied', 'trainable_parameters']
 
 # %% ../nbs/foundation/11_classifier.ipynb #526d50b2
-import contextlib, copy, threading, warnings, weakref
+import contextlib, copy, math, threading, warnings, weakref
 from typing import NamedTuple
 
 import torch
@@ -305,6 +305,12 @@ def to_pixels(self:Classifier, maps, shape):
     out[:, rows, cols] = inside
     return out
 
+# %% ../nbs/foundation/11_classifier.ipynb #f02d6da2
+@patch(nm='best_batch_size')
+def _suits(self:Classifier, h, w):
+    "How many h×w images a pass suit its device; fewer where the network enlarges them."
+    return best_batch_size(self.device, max((h, w), self.sees(h, w), key=math.prod))
+
 # %% ../nbs/foundation/11_classifier.ipynb #6984a7a3
 _locks, _guard = weakref.WeakKeyDictionary(), threading.Lock()
 
@@ -345,7 +351,7 @@ def predict(
     Warns, once, of outputs that look like probabilities."""
     check_model(model)
     check_images(x)
-    size = batch_size or best_batch_size(model.device, tuple(x.shape[2:]))
+    size = batch_size or model.best_batch_size(*x.shape[2:])
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         z = torch.cat([model(b.to(model.device)).float().cpu() for b in x.split(size)])
     if not model.seen: _warn_of_probabilities(model, z)

@@ -457,7 +457,7 @@ def _measured_batch(device):
 def _batch_size(device, scale):
     "The batch for images `scale` times as large as 96×96; one answer for the whole process."
     if device.type == 'cuda': best = min(_measured_batch(device), _free_images(device))
-    else: best = {'mps': 64}.get(device.type, 32)
+    else: best = 64
     return max(1, int(best/scale))
 
 # %% ../nbs/foundation/00_core.ipynb #116a358c

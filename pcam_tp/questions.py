@@ -21,7 +21,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from .classifier import (SCORES, Classifier, as_target, check_images, check_model, chosen_layers, class_score,
                                 evaluating, get_layer, predict)
-from .core import best_batch_size, progress
+from .core import progress
 
 # %% ../nbs/foundation/12_questions.ipynb #5d1f7c3e
 _undo, _guard = [], threading.Lock()   # a list for each open block; the last one turns back what the first one found
@@ -135,7 +135,7 @@ class Question:
         n_classes = _check(model, x, score, precision, batch_size)
         self.model, self.score, self.hides, self.precision, self.seed = model, score, baseline, precision, seed
         self.device, self.bar, self.rows, self.total, self.times = model.device, None, slice(0, len(x)), len(x), 1
-        self.batch_size, self._kept = batch_size or best_batch_size(self.device, tuple(x.shape[2:])), {}
+        self.batch_size, self._kept = batch_size or model.best_batch_size(*x.shape[2:]), {}
         with torch.inference_mode(False):   # so that gradients can be taken inside somebody's inference mode
             self.x = x.detach().to(self.device, torch.float32, copy=True, memory_format=torch.channels_last)
             if target is None: target = predict(model, self.x, self.batch_size).argmax(1)
@@ -305,7 +305,7 @@ def questions(
 ): # yields each `Question`
     "One question after the other about all images, in groups. `ValueError` for what does not fit, before the first."
     n_classes = _check(model, x, score, options.get('precision', 'fp32'), batch_size)
-    size = batch_size or best_batch_size(model.device, tuple(x.shape[2:]))
+    size = batch_size or model.best_batch_size(*x.shape[2:])
     t = None if target is None else as_target(target, len(x), n_classes)
     def each():
         for i in range(0, len(x), size):

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from .classifier import Classifier, evaluating, predict
-from .core import atomic, best_batch_size, best_device, fastest_precision, give_way, progress, sizes
+from .core import atomic, best_device, fastest_precision, give_way, progress, sizes
 from .data import Batches, Split, split_id, to_float
 from .stats import auc_interval, calibration_interval, interval, macro_auc, nll, roc_auc
 from .synthetic import colour_features
@@ -93,7 +93,7 @@ def predict_split(
     num_workers:int=None # threads that read ahead, see `Batches`
 ) -> torch.Tensor: # logits (N, K) on the processor, in the order of the split
     "Logits for a whole split in evaluation mode and full precision."
-    size = batch_size or best_batch_size(model.device, (split.side,)*2)
+    size = batch_size or model.best_batch_size(split.side, split.side)
     batches = Batches(split, size, device=model.device, num_workers=num_workers)
     with torch.no_grad(), evaluating(model):
         return torch.cat([model(x).float() for x, _ in progress(batches, f'predicting {split.name}')]).cpu()

@@ -205,14 +205,14 @@ cfg = setup(seed=3, threads=1, device='cpu')
 a = torch.rand(4)
 setup(seed=3, threads=1, precision='no', verbose=False)
 assert torch.equal(a, torch.rand(4))
-assert (cfg.device.type, cfg.threads, cfg.batch_size, cfg.seed, torch.get_num_threads()) == ('cpu', 1, 32, 3, 1)
+assert (cfg.device.type, cfg.threads, cfg.batch_size, cfg.seed, torch.get_num_threads()) == ('cpu', 1, 64, 3, 1)
 assert not torch.backends.cuda.matmul.allow_tf32
 print(cfg.precision, cfg.keeps_memory)
 '''
     found = []
     for default in ('float32', 'float64'):
         line, result = python('import sys' + code, default).stdout.splitlines()
-        assert torch.__version__ in line and '32 images a pass' in line, line
+        assert torch.__version__ in line and '64 images a pass' in line, line
         found.append(result)
     assert found[0] == found[1] and found[0].split()[0] in ('no', 'bf16'), found
 
