@@ -132,6 +132,7 @@ def test_directions_of_an_increase():
     model = Classifier(Halves(), mean=(0, 0, 0), std=(1, 1, 1))
     values = [increase_in_confidence(model, x, m, 1, baseline='black') for m in (evidence, -evidence)]
     assert values[0].tolist() == [1, 1] and values[1].tolist() == [0, 0]
+    assert increase_in_confidence.higher
 
 
 # Imputation
