@@ -202,7 +202,8 @@ def failed(self:_Analysis, path, e):
 def paths(self:_Analysis):
     "The images below the folder, in the order of their names, without what an earlier run wrote."
     found = sorted(p for p in self.root.rglob('*') if p.suffix.lower() in IMAGES and p.is_file())
-    found = [p for p in found if self.out not in p.parents]
+    wrote = functools.cache(lambda folder: (folder/'result.json').exists())
+    found = [p for p in found if not wrote(p.parent) and self.out.resolve() not in p.resolve().parents]
     if not found: raise FileNotFoundError(f'{self.root} holds no image: expected some of {", ".join(sorted(IMAGES))}')
     return found
 

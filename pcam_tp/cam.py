@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from .classifier import Classifier, chosen_layers
+from .classifier import Classifier, autocast, chosen_layers
 from .questions import explainer, questions
 
 # %% ../nbs/03_gradcam.ipynb #68a0bf35
@@ -29,7 +29,7 @@ _FORMULAS = dict(gradcam=_gradcam, hirescam=_hirescam, gradcam_pp=_gradcam_pp, l
 def _map(q, method, layer, details):
     "The map of one layer, raw; of several, the mean of their maps, each divided by its largest |value| in the image."
     layers = chosen_layers(q.model, layer)
-    grids = [_FORMULAS[method](*pair) for pair in q.activations(*layers).values()]
+    with autocast(q.device): grids = [_FORMULAS[method](*pair) for pair in q.activations(*layers).values()]
     maps = [q.model.to_pixels(grid, q.x.shape[2:]) for grid in grids]
     if len(maps) > 1:
         tiny = torch.finfo(torch.float32).tiny
@@ -85,5 +85,6 @@ def cam_grids(
     if isinstance(methods, str) or not methods or set(methods) - set(_FORMULAS):
         raise ValueError(f'methods {methods!r}: expected some of {", ".join(_FORMULAS)}, in a tuple')
     names, asked = chosen_layers(model, layers), questions(model, x, target, **options)
-    parts = [{l: {m: _FORMULAS[m](*pair) for m in methods} for l, pair in q.activations(*names).items()} for q in asked]
+    with autocast(model.device):
+        parts = [{l: {m: _FORMULAS[m](*a) for m in methods} for l, a in q.activations(*names).items()} for q in asked]
     return {l: {m: torch.cat([p[l][m] for p in parts]) for m in methods} for l in names}

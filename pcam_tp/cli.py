@@ -176,11 +176,10 @@ def write_subset_folder(
     source:str=None # as of `data_folder`
 ) -> Path:
     "Cut a source to `n` patches a split, classes in proportion, and write raw files."
-    from pcam_tp.data import open_splits, write_split
-    for part in open_splits(n=n, seed=seed, source=source):
-        print(part)
-        write_split(part, out)
-    return Path(out)
+    from pcam_tp.data import open_splits, write_splits
+    parts = open_splits(n=n, seed=seed, source=source)
+    for part in parts: print(part)
+    return write_splits(parts, out)
 
 # %% ../nbs/tools/09_cli.ipynb #5abf665b
 @command(app, examples="""subset few --n 4000 1000 1000
@@ -338,12 +337,13 @@ _CHOSEN = dict(version=(_help(str, 'Which training: see `pcam-tp models`; the no
 
 def _part(o):
     "The patches that were asked for; those of the notebooks, unless more are."
-    from pcam_tp.core import sizes
+    from pcam_tp.core import sizes, source
     from pcam_tp.data import open_splits, subset
     from pcam_tp.release import SPLITS
     if o['split'] not in SPLITS: raise ValueError(f"split {o['split']!r}: expected one of {', '.join(SPLITS)}")
     wanted, budgets = o['num_images'] or 0, vars(sizes())
-    part = open_splits(n=[max(wanted, budgets[f'n_{s}']) for s in SPLITS])[SPLITS.index(o['split'])]
+    more = {o['split']: wanted} if source() != 'pcam-small' or o['split'] == 'test' else {}   # cut by slide, never anew
+    part = open_splits(n=[max(more.get(s, 0), budgets[f'n_{s}']) for s in SPLITS])[SPLITS.index(o['split'])]
     if wanted > len(part): print(f'{part.name} has {len(part):,} patches: all are taken')
     return part if o['num_images'] is None else subset(part, wanted, o['seed'])
 
@@ -440,11 +440,13 @@ def _agree(
     "Do networks look at the same places? Beside the overlap of maps of other patches, and of moved ones."
     from pcam_tp.agreement import model_agreement
     from pcam_tp.many_maps import read_maps, write_maps
+    from pcam_tp.training import labels_for
     device, part, read = _ready(o), _part(o), {}
     for name in models:
-        path = write_maps(_network(name, o['version'], device), part, explanation, **_question(o))
-        read[Path(name).name] = read_maps(path)
-    given = dict(by=part.slides, q=q, pred={k: about['target'] for k, (_, about) in read.items()}, y=part.y,
+        net = _network(name, o['version'], device)
+        read[Path(name).name] = read_maps(write_maps(net, part, explanation, **_question(o)))
+        y = labels_for(net, part)
+    given = dict(by=part.slides, q=q, pred={k: about['target'] for k, (_, about) in read.items()}, y=y,
                  measures=similarity_measure, seed=o['seed'])
     return _joined({m: model_agreement({k: v[0][m] for k, v in read.items()}, **given) for m in explanation})
 
@@ -589,7 +591,7 @@ def _grade(
     inbox:Annotated[Path, Argument(help='Folder of submissions: STUDENT/LAB.ipynb, STUDENT_LAB.ipynb, or zips.')],
     out:Annotated[Path, Option(help='Folder to write; a run that was cut goes on from it.')],
     secret_file:Annotated[Path, Option(help="The class's secret, made if it is not there; not inside the repository.")],
-    hand:Annotated[Optional[Path], Option(help='A filled hand.csv; the one in OUT if not given.')]=None,
+    hand:Annotated[Optional[Path], Option(help='A filled hand.csv: its marks go over those in OUT.')]=None,
     jobs:Annotated[int, Option(min=1, help='Copies at a time; about 1 GB each.')]=2,
     nbs:_Nbs=None
 ):

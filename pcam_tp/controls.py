@@ -27,7 +27,7 @@ from .stats import holm, interval, paired_test
 def random_map(q):
     "Control: independent uniform numbers, another set for each image, the same for any model and any batch size."
     dice = lambda row: torch.Generator().manual_seed(1_000_003*q.seed + row)
-    numbers = lambda row: torch.rand(q.x.shape[2:], generator=dice(row), dtype=torch.float32)
+    numbers = lambda row: torch.rand(q.x.shape[2:], generator=dice(row), dtype=torch.float32, device='cpu')
     return torch.stack([numbers(row) for row in q.row_numbers]).to(q.device)
 
 @explainer(signed=False, source='control', passes=0, backward=False)
@@ -76,10 +76,13 @@ def seeded(
 ):
     """PyTorch's and NumPy's global generators start from `seed` inside the block, for one thread at a time, and go on
     as if nothing had been afterwards."""
-    devices = [device] if torch.device(device).type == 'cuda' else []
-    with _generators, torch.random.fork_rng(devices):
+    kind = torch.device(device).type
+    with _generators, torch.random.fork_rng([device] if kind == 'cuda' else []):
         state = np.random.get_state()
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)   # torch.manual_seed would seed a GPU that is not forked
+        if kind == 'cuda':
+            with torch.cuda.device(device): torch.cuda.manual_seed(seed)
+        elif kind == 'mps': torch.mps.manual_seed(seed)
         np.random.seed(seed % 2**32)
         try: yield
         finally: np.random.set_state(state)
@@ -95,6 +98,7 @@ def _settle(*modules):
         for call in 20*calls: call()
 
 # %% ../nbs/foundation/13_controls.ipynb #6664da36
+@torch.inference_mode(False)
 def untrained(
     model:Classifier,
     seed:int=0

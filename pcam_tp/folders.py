@@ -13,7 +13,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import h5py
@@ -32,8 +32,12 @@ from .release import CLASSES, CLASSES_FILE, SIDE, SPLITS, raw_file
 
 # %% ../nbs/foundation/16_folders.ipynb #ba43891c
 def _to_bytes(a):
-    "Grey values of 16 bits, or floats in [0, 1], as bytes."
-    low, high = float(a.min()), float(a.max())
+    "Grey values of 16 bits, bytes in other integers, or floats in [0, 1], as bytes."
+    low, high, short = float(a.min()), float(a.max()), a.dtype.kind == 'u' and a.dtype.itemsize == 2
+    if short and 0 < high < 256:
+        raise ValueError(f'values up to {high:.0f} in 16 bits, where white is 65,535: nearly black, or bytes? '
+                         "Bytes are saved as such: a.astype('uint8')")
+    if a.dtype.kind in 'iu' and not short and 0 <= low and high < 256: return a.astype('uint8')
     if a.dtype.kind == 'f' and 0 <= low and high <= 1: return (a*255).round().astype('uint8')
     if a.dtype.kind in 'iu' and 0 <= low and high < 2**16: return (a/257).round().astype('uint8')
     expected = 'floats in [0, 1]' if a.dtype.kind == 'f' else 'integers from 0 to 65,535'
@@ -47,8 +51,9 @@ def _rgb(im):
     if im.getexif().get(0x112, 1) != 1: notes.append('turned as its EXIF says')
     im = ImageOps.exif_transpose(im)
     if im.mode in 'IF' or im.mode.startswith('I;16'):
-        notes.append('deep')
-        im = Image.fromarray(_to_bytes(np.asarray(im)))
+        deep = np.asarray(im)
+        if deep.dtype.kind == 'f' or deep.max() > 255: notes.append(f'deep up to {deep.max():.6g}')
+        im = Image.fromarray(_to_bytes(deep))
     if im.mode in ('L', 'LA', '1'): notes.append('grey')
     if im.mode in ('P', 'PA'): notes.append('palette')
     if im.mode == 'CMYK': notes.append('CMYK')
@@ -200,21 +205,37 @@ def _stamp(item):
 # %% ../nbs/foundation/16_folders.ipynb #70e3b5e5
 def _surveyed(source, n_splits):
     "Number of entries, images of each class, and a fingerprint of a source that can become a data set."
-    n, seen, groups, mask, h = 0, Counter(), Counter(), None, hashlib.sha256(source.facts().encode())
+    n, seen, groups, splits, mask, h = 0, Counter(), Counter(), set(), None, hashlib.sha256(source.facts().encode())
     for item in progress(source.items(read=False), 'listing', unit=' files'):
         n, _ = n + 1, h.update(repr((item._replace(data=None), *_stamp(item))).encode())
         if item.why: continue
         seen[item.label] += 1
         groups[item.group] += 1
+        splits.add(item.split)
+        _check_name(source, item.name)
         if {'mask', 'masks'} & set(item.name.lower().split('/')[:-1]): mask = mask or item.name
     if mask and source.only is None:
         raise ValueError(f"{source.root}: {mask} looks like a mask, not an image: say which files are images, "
                          "e.g. only='/images/', or only='.' for all")
     _check_classes(source, seen)
     _check_groups(source, groups, n_splits)
+    _check_splits(source, splits - {''})
     return n, seen, h.hexdigest()[:10]
 
 # %% ../nbs/foundation/16_folders.ipynb #17158c1e
+def _check_name(source, name):
+    "Raise `ValueError` for a name that no table can hold."
+    try: name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f'{source.root}: the name {name!r} is not UTF-8 (Latin-1 of an old archive?): rename it; '
+                         'convmv -f latin1 -t utf8 -r --notest renames all of a folder') from None
+
+def _check_splits(source, found):
+    "Raise `ValueError` where the source has splits, and none to learn from."
+    if found and 'train' not in found:
+        raise ValueError(f'{source.root}: no image is in train (found {", ".join(sorted(found))}): expected some; '
+                         'where nothing says which split an image is in, they are dealt out')
+
 def _check_classes(source, seen):
     "Raise `ValueError` unless there are 2 to 256 classes."
     if len(seen) > 256: raise ValueError(f'{source.root} has {len(seen)} classes: expected at most 256')
@@ -309,14 +330,15 @@ def _best_deal(count, want, rng):
     return _filled(best[1], count, len(want))
 
 # %% ../nbs/foundation/16_folders.ipynb #11e8c82c
-def _joined_groups(groups, digests):
-    "Groups (N,) as integers, those that share a digest made one."
+def _joined_groups(groups, digests, linking=slice(None)):
+    "Groups (N,) as integers, those that share a digest of the rows `linking` made one."
     g, d = (np.unique(a, return_inverse=True)[1] for a in (groups, digests))
-    n = g.max() + 1
-    links = coo_array((np.ones(len(g), bool), (g, n + d)), shape=(n + d.max() + 1,)*2)
+    n, ends = g.max() + 1, (g[linking], g.max() + 1 + d[linking])
+    links = coo_array((np.ones(len(ends[0]), bool), ends), shape=(n + d.max() + 1,)*2)
     return connected_components(links, directed=False)[1][:n][g]
 
 # %% ../nbs/foundation/16_folders.ipynb #80246d3c
+_FLAT = 'of one colour'   # the note
 def _prepared(item, size, fit):
     "The bytes of an image and its line in the journal; no bytes for a skipped one."
     line = item._asdict() | dict(data=None)
@@ -326,7 +348,9 @@ def _prepared(item, size, fit):
     except (ValueError, OSError) as e: return b'', line | dict(why=str(e))
     w, h = im.size
     if min(w, h) < size and fit == 'crop' or max(w, h) < size: notes.append('enlarged')
-    pixels = np.asarray(_square(im, size, fit)).tobytes()
+    a = np.asarray(_square(im, size, fit))
+    if (a == a[:1, :1]).all(): notes.append(_FLAT)
+    pixels = a.tobytes()
     lost = 1 - min(w, h)/max(w, h) if fit == 'crop' else 0
     digest = hashlib.blake2b(pixels, digest_size=8).hexdigest()
     return pixels, line | dict(width=w, height=h, notes=notes, lost=round(lost, 4), digest=digest)
@@ -395,39 +419,57 @@ class _Kept(NamedTuple):
     digest: np.ndarray # of the bytes
     split: np.ndarray # number of the split that the source says, −1 for none
     start: np.ndarray # where its line in the journal begins
+    flat: np.ndarray # 1 for an image of one colour
 
 # %% ../nbs/foundation/16_folders.ipynb #6d2b7b41
 def _kept(stage, found):
     "Arrays of the kept images; how often what was noted; the number of groups that have a name."
     label, groups, lone = {c: k for k, c in enumerate(found)}, {}, 0
-    columns, facts, start = [array(t) for t in 'HqQbq'], Counter(), 0
+    columns, facts, start = [array(t) for t in 'HqQbqb'], Counter(), 0
     for line, end in stage._read():
         if line['why']: facts['skipped', line['why'].split(': ')[0].split(' (')[0]] += 1
         else:
             lone += not line['group']
             group = groups.setdefault(line['group'], len(groups)) if line['group'] else -lone
             split = SPLITS.index(line['split']) if line['split'] else -1
-            values = label[line['label']], group, int(line['digest'], 16), split, start
+            values = label[line['label']], group, int(line['digest'], 16), split, start, _FLAT in line['notes']
             for c, v in zip(columns, values): c.append(v)
-            facts.update([('note', n) for n in line['notes']])
+            for what, _, high in (n.partition(' up to ') for n in line['notes']):
+                facts['note', what] += 1
+                facts['high', ''] = max(facts['high', ''], float(high or 0))
             facts['lost', ''] += line['lost']
         start = end
     return _Kept(*map(np.array, columns)), facts | Counter({('lone', ''): lone}), len(groups)
 
 # %% ../nbs/foundation/16_folders.ipynb #4e1fd05c
-def _assigned(kept, shares, seed):
-    "The number of the split of each image."
-    group, split = _joined_groups(kept.group, kept.digest), kept.split.copy()
+def _assigned(kept, shares, seed, name_of=str):
+    "The number of the split of each image; `name_of` one of them, for an error."
+    linking = (kept.flat == 0) | (kept.group < 0)   # those without a group stay together as copies
+    group, split = _joined_groups(kept.group, kept.digest, linking), kept.split.copy()
     missing = [p for p in range(3) if not (split == p).any()]
     parts, rows = (missing, split < 0) if len(missing) == 3 else ([0, *missing], split == 0)
-    if missing: split[rows] = np.array(parts)[split_groups(kept.y[rows], group[rows], np.array(shares)[parts], seed)]
+    if missing:
+        if not rows.any(): raise ValueError('no image of train could be read: expected some to learn from')
+        _check_joined(kept, group, np.flatnonzero(rows & linking), len(parts), name_of)
+        split[rows] = np.array(parts)[split_groups(kept.y[rows], group[rows], np.array(shares)[parts], seed)]
     return split
+
+def _check_joined(kept, group, rows, n_parts, name_of):
+    "Raise `ValueError` where it is copies that leave too few groups."
+    before, after = (len(np.unique(g[rows])) for g in (kept.group, group))
+    if not after < n_parts <= before: return
+    t = pd.DataFrame(dict(row=rows, digest=kept.digest[rows], group=kept.group[rows]))
+    t = t.drop_duplicates(['digest', 'group'])
+    first, second = t.row[t.digest == t.digest.mode()[0]][:2]
+    raise ValueError(f'{before} groups, of which images that are copies leave {after}, such as {name_of(first)} and '
+                     f'{name_of(second)}, for {n_parts} splits: expected at least one group for each; '
+                     'remove the copies')
 
 # %% ../nbs/foundation/16_folders.ipynb #1b2fae9f
 def _across(split, key):
     "How many images have a group or digest that is in another split too."
-    _, at = np.unique(key, return_inverse=True)
-    seen = np.zeros((at.max() + 1, 3), bool)
+    names, at = np.unique(key, return_inverse=True)
+    seen = np.zeros((len(names), 3), bool)
     seen[at, split] = True
     return int((seen.sum(1) > 1)[at].sum())
 
@@ -444,6 +486,11 @@ def _write_pixels(stage, rows, size, path, attrs):
         f.attrs.update(attrs)
 
 # %% ../nbs/foundation/16_folders.ipynb #c66616a3
+def _line(stage, kept, row):
+    "The journal's line of a kept image."
+    stage.journal.seek(int(kept.start[row]))
+    return json.loads(stage.journal.readline())
+
 def _write_table(stage, kept, rows, path, grouped, pcam):
     "One line an image: its file, its first shape, and its group as `wsi` where groups are known."
     columns = ['file', 'width', 'height'] + ['wsi']*grouped + ['center_tumor_patch']*pcam
@@ -451,14 +498,13 @@ def _write_table(stage, kept, rows, path, grouped, pcam):
         out = csv.writer(f)
         out.writerow(columns)
         for r in rows:
-            stage.journal.seek(int(kept.start[r]))
-            line = json.loads(stage.journal.readline())
+            line = _line(stage, kept, r)
             line |= dict(file=line['name'], wsi=line['group'] or line['name'], center_tumor_patch=int(kept.y[r]))
             out.writerow([line[c] for c in columns])
 
 # %% ../nbs/foundation/16_folders.ipynb #51344b51
 def _write_skipped(stage, path):
-    with open(path, 'w', encoding='utf-8', newline='') as f:
+    with open(path, 'w', encoding='utf-8', errors='backslashreplace', newline='') as f:
         out = csv.writer(f)
         out.writerow(('file', 'class', 'why'))
         out.writerows((line['name'], line['label'], line['why']) for line, _ in stage._read() if line['why'])
@@ -501,20 +547,23 @@ def _say_groups(kept, split, facts, n_groups, source):
         yield ('no slides or patients are known: images of one may lie in two splits, and then the test is too good; '
                + source.hint)
     elif lone: yield f'{n_groups:,} groups by {source.by}; {lone:,} images have none and stand alone'
-    else: yield f'{n_groups:,} groups by {source.by}, each in one split'
+    else: yield f'{n_groups:,} groups by {source.by}' + ', each in one split'*(not _across(split, kept.group))
     copies = len(kept.digest) - len(np.unique(kept.digest))
     labels = len(np.unique(np.stack([kept.digest, kept.y.astype('u8')]), axis=1).T) - len(np.unique(kept.digest))
     if copies: yield f'copies of an earlier image, byte for byte: {copies:,}'
     if labels: yield f'of these, the same image in two classes (which is true?): {labels:,}'
-    for key, what in ((kept.digest, 'are copies of images'), (kept.group, 'share their group with images')):
-        if n := _across(split, key): yield f'{n:,} images {what} in another split: the source was cut so, and it leaks'
+    for key, rows, what in ((kept.digest, kept.flat == 0, 'are copies of images'),
+                            (kept.group, ..., 'share their group with images')):
+        if n := _across(split[rows], key[rows]):
+            yield f'{n:,} images {what} in another split: the source was cut so, and it leaks'
 
 # %% ../nbs/foundation/16_folders.ipynb #27fbe828
 def _say_notes(facts, n, fit):
     "What was skipped, and what was converted."
+    white = f'white is the largest value of the type, and the largest found is {facts["high", ""]:,.6g}'
     for (kind, what), k in sorted(facts.items()):
         if kind == 'skipped': yield f'{k:,} skipped: {what} (skipped.csv)'
-        if kind == 'note': yield f'{k:,} {what}' + ': white is the largest value of the type'*(what == 'deep')
+        if kind == 'note': yield f'{k:,} {what}' + f': {white}'*(what == 'deep')
     if fit == 'crop' and (lost := facts['lost', '']/max(n, 1)) > .005:
         yield f"the middle was cut out: {100*lost:.0f} % of the area is lost on average (fit='pad' keeps it)"
 
@@ -555,7 +604,8 @@ def _write_all(folder, stage, source, seen, settings):
     found, shown = _names(source, seen, size)
     kept, facts, n_groups = _kept(stage, found)
     _check_classes(source, Counter(found[k] for k in kept.y))
-    split, counts = (s := _assigned(kept, shares, seed)), _counts(kept.y, s, shown)
+    split = _assigned(kept, shares, seed, lambda row: _line(stage, kept, row)['name'])
+    counts = _counts(kept.y, split, shown)
     words = [*_say_counts(counts), *_say_groups(kept, split, facts, n_groups, source)]
     words += _say_notes(facts, len(split), fit)
     made_of = fingerprint(*(hashlib.sha256(a.tobytes()).hexdigest() for a in (kept.digest, kept.y, split)))
@@ -590,6 +640,7 @@ def _imported(source, out, **settings):
     settings |= dict(split=shares, source=source.root.name, group=source.group, stamp=stamp, key=key,
                      library=f'pcam_tp {__version__}')
     if _free(out, source, key): _import_to(out, source, n, seen, settings)
+    _free(out, source, key)   # while we waited, another process may have made another one
     return read_import(out)
 
 # %% ../nbs/foundation/16_folders.ipynb #38790d27
@@ -626,6 +677,7 @@ def import_folder(
 # %% ../nbs/foundation/16_folders.ipynb #ea0566f1
 _LAYOUTS = dict(image='image_id', label='dx', group='lesion_id'), dict(image='id', label='label')
 _ROLES = 'image', 'label', 'group', 'split'
+_TWICE = 'two files have this name'
 
 # %% ../nbs/foundation/16_folders.ipynb #e8e24586
 def _columns(table, path, given):
@@ -641,17 +693,26 @@ def _columns(table, path, given):
     if not has(columns): raise ValueError(f'{path} has the columns {listed}: expected {", ".join(columns.values())}')
     return columns
 
+# %% ../nbs/foundation/16_folders.ipynb #5895def3
+def _texts(path):
+    "A table with texts in all cells. `ValueError` unless it is UTF-8."
+    try: return pd.read_csv(path, dtype=str, keep_default_na=False, sep='\t' if path.suffix == '.tsv' else ',')
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} is not UTF-8 ({e.reason}: {e.object[e.start:e.end]}): save it as UTF-8 '
+                         '("CSV UTF-8" in a spreadsheet, or iconv -f latin1 -t utf8)') from e
+
 # %% ../nbs/foundation/16_folders.ipynb #cfabcc94
 class _Table:
     "Images that a table names."
     only, hint = '.', "name a column: columns=dict(…, group='patient')"
     def __init__(self, table, folders, columns=None):
         self.path = Path(table).expanduser()
-        self.folders = [Path(f).expanduser() for f in ([folders] if isinstance(folders, (str, Path)) else folders)]
+        folders = [folders] if isinstance(folders, (str, Path)) else folders
+        self.folders = [Path(f).expanduser().absolute() for f in folders]
         if not self.path.is_file(): raise FileNotFoundError(f'{self.path} is no file: expected a table (CSV)')
         for f in self.folders:
             if not f.is_dir(): raise FileNotFoundError(f'{f} is no folder: expected the images of {self.path.name}')
-        rows = pd.read_csv(self.path, dtype=str, keep_default_na=False, sep='\t' if self.path.suffix == '.tsv' else ',')
+        rows = _texts(self.path)
         self.columns, self.root = _columns(rows, self.path, columns), self.folders[0]
         self.rows, self.group = rows[list(dict.fromkeys(self.columns.values()))], self.columns.get('group')
         self.by, kaggle = f'the column {self.group}', _LAYOUTS[1] == self.columns
@@ -665,38 +726,50 @@ class _Table:
 # %% ../nbs/foundation/16_folders.ipynb #473e66f9
 @patch
 def _places(self:_Table):
-    "Where the image of each name without ending lies; None for a name that is there twice."
+    "Paths of the images of each name without ending, and their names below the folder."
     found = {}
     for folder in self.folders:
         for name in _files(folder):
-            if not _unusable(name, None): found[Path(name).stem] = None if Path(name).stem in found else (folder, name)
+            if not _unusable(name, None): found.setdefault(PurePath(name).stem, {}).setdefault(folder/name, name)
     return found
+
+@patch
+def _meant(self:_Table, value, places):
+    "Paths and names of the files that a value may mean: those at this path, or else those whose path ends like it."
+    if there := {f/value: value for f in self.folders if (f/value).is_file()}: return there
+    said = PurePath(value)
+    near = places.get(said.stem if said.suffix.lower() in IMAGES else said.name, {})
+    ends = [p for p in near if p.parts[-len(said.parts):-1] == said.parts[:-1]]
+    ends = [p for p in ends if p.name == said.name] or ends
+    names = Counter(near.values())
+    return {p: near[p] if names[near[p]] == 1 else value for p in ends}
 
 # %% ../nbs/foundation/16_folders.ipynb #7da3e384
 @patch
-def _item(self:_Table, row, places, used):
-    "The image of one row."
+def _item(self:_Table, row, places, used, unclear):
+    "The image of one row; its file goes to `used`, or several to `unclear`."
     value, label = row[self.columns['image']], row[self.columns['label']]
-    stem = Path(value).stem if Path(value).suffix.lower() in IMAGES else Path(value).name
-    written = ((f, value) for f in self.folders if (f/value).is_file())
-    folder, name = next(written, places.get(stem) or (self.root, value))
+    found = self._meant(value, places)
+    path, name = next(iter(found.items())) if len(found) == 1 else (self.root/value, value)
     split, given = row.get(self.columns.get('split'), ''), 'split' in self.columns
-    why = 'no label' if not label else 'a second row names it' if (folder, name) in used else ''
-    if stem not in places: why = why or 'in the table and not in the folder'
-    elif places[stem] is None and not (folder/name).is_file(): why = why or 'two files have this name'
+    why = 'no label' if not label else 'a second row names it' if path in used else ''
+    if not found: why = why or 'in the table and not in the folder'
+    if len(found) > 1: why = why or _TWICE
+    why = why or _unusable(name, None)
     if given and split.lower() not in _SPLIT_WORDS: why = why or f'split {split!r}'
-    used.add((folder, name))
+    (used if len(found) == 1 else unclear).update(found)
     label = CLASSES[int(label)] if self.pcam and label else label
-    return Item(name, folder/name, label, row.get(self.group, ''), _SPLIT_WORDS.get(split.lower(), ''), why)
+    return Item(name, path, label, row.get(self.group, ''), _SPLIT_WORDS.get(split.lower(), ''), why)
 
 # %% ../nbs/foundation/16_folders.ipynb #db9edb09
 @patch
 def items(self:_Table, read=True):
-    places, used = self._places(), set()
+    places, used, unclear = self._places(), set(), set()
     for row in self.rows.itertuples(index=False, name=None):
-        yield self._item(dict(zip(self.rows.columns, row)), places, used)
-    for folder, name in filter(None, places.values()):
-        if (folder, name) not in used: yield Item(name, folder/name, '', why='in the folder and not in the table')
+        yield self._item(dict(zip(self.rows.columns, row)), places, used, unclear)
+    for path, name in itertools.chain.from_iterable(p.items() for p in places.values()):
+        why = _TWICE if path in unclear else 'in the folder and not in the table'
+        if path not in used: yield Item(name, path, '', why=why)
 
 # %% ../nbs/foundation/16_folders.ipynb #8d57700b
 def import_table(
@@ -725,6 +798,12 @@ def _label_names(schema, column):
     about = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
     return about.get('info', {}).get('features', {}).get(column, {}).get('names')
 
+# %% ../nbs/foundation/16_folders.ipynb #05026983
+def _split_of(name):
+    "The split that a file's name begins with, or else that of the innermost folder."
+    words = (_SPLIT_WORDS.get(re.split('[-.]', part)[0].lower()) for part in reversed(name.split('/')))
+    return next(filter(None, words), '')
+
 # %% ../nbs/foundation/16_folders.ipynb #3a79d6a1
 class _Parquet:
     "Rows of Parquet files with the bytes of images."
@@ -741,10 +820,12 @@ class _Parquet:
                              "say which is which, e.g. columns=dict(image='img', label='fine_label')")
         self.group, names = self.columns.get('group'), _label_names(schema, self.columns['label'])
         self.by, self.classes = f'the column {self.group}', tuple(names) if names else None
-        words = [_SPLIT_WORDS.get(f.name.split('-')[0].split('.')[0].lower(), '') for f in self.files]
+        common = os.path.commonpath([f.parent for f in self.files])
+        self.names = [f.relative_to(common).as_posix() for f in self.files]
+        words = [_split_of(n) for n in self.names]
         self.words = words if all(words) and len(set(words)) > 1 else ['']*len(words)
 
-    def facts(self): return repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.files])
+    def facts(self): return repr([(n, f.stat().st_size, f.stat().st_mtime_ns) for n, f in zip(self.names, self.files)])
     def example(self): return 'it is empty'
 
 # %% ../nbs/foundation/16_folders.ipynb #4889292f
@@ -762,14 +843,14 @@ def _item(self:_Parquet, name, row, split):
 @patch
 def items(self:_Parquet, read=True):
     wanted = [c for role, c in self.columns.items() if read or role != 'image']
-    for file, split in zip(self.files, self.words):
+    for file, called, split in zip(self.files, self.names, self.words):
         batches = self.reader.ParquetFile(file).iter_batches(64, columns=wanted)
         for k, row in enumerate(r for b in batches for r in b.to_pylist()):
-            yield self._item(f'{file.name}/{k}', row, split)
+            yield self._item(f'{called}/{k}', row, split)
 
 # %% ../nbs/foundation/16_folders.ipynb #f9edc22f
 def import_parquet(
-    paths, # a .parquet file, several, or a folder of them; names that begin with train, validation, test are splits
+    paths, # a .parquet file, several, or a folder of them; names, or folders, that begin with train, test … are splits
     out:Path, # the folder to write
     *, columns:dict=None, # of the roles image, label, group; 'image' and 'label' if None
     size:int=96, # pixels along a side
@@ -791,7 +872,8 @@ def import_any(
     "`import_folder`, `import_table` or `import_parquet`, whichever reads `source`."
     settings = {k: v for k, v in settings.items() if v is not None}
     source = Path(source).expanduser()
-    rows = source.suffix == '.parquet' or source.is_dir() and not _folders(source) and any(source.glob('*.parquet'))
+    endings = {PurePath(n).suffix.lower() for n in _files(source)} if source.is_dir() and not table else set()
+    rows = source.suffix == '.parquet' or '.parquet' in endings and not (_folders(source) and endings & set(IMAGES))
     if not table and not rows:
         if columns: raise ValueError(f'columns are for a table or Parquet rows, {source} has neither: name the table')
         return import_folder(source, out, **settings)

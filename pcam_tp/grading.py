@@ -10,7 +10,7 @@ __all__ = ['WHY', 'ELSEWHERE', 'MOST', 'MOODLE', 'UNSAFE', 'WAITS', 'UNANSWERED'
 
 # %% ../nbs/tools/03_grading.ipynb #d1ada6c1
 import contextlib, hashlib, hmac, html, json, logging, os, queue, re, secrets, shutil, subprocess, sys, threading
-import time, warnings, zipfile
+import time, unicodedata, warnings, zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -230,9 +230,11 @@ def _seconds(info):
 # %% ../nbs/tools/03_grading.ipynb #72b45e55
 MOODLE = re.compile(r'(.*)_(\d+)_assignsubmission_(?:file|onlinetext)_?')
 
+def _nfc(name): return unicodedata.normalize('NFC', name)   # macOS writes é as e and an accent
+
 def _whose(name, labs):
     "(student, lab, Moodle's number) of a file; each may be missing. A student's name is cut to letters, digits, _.@+-"
-    *folders, last = name.split('/')
+    *folders, last = _nfc(name).split('/')
     lab = next((l for l in sorted(labs, key=len, reverse=True) if l in last), None)
     before, number = last.split(lab)[0] if lab else '', ''
     student = folders[0] if folders else before
@@ -590,49 +592,74 @@ def _unanswered(lab, m, result):
     return result['sources'].get(m.grade_id, '').strip() == stub(_text(lab.nb['cells'][m.at])).strip()
 
 # %% ../nbs/tools/03_grading.ipynb #c97aab63
+_KEY = 'student', 'lab', 'answer'
+
+def _filled(row): return row['points'] is not None or any(row.get(k) for k in ('comment', 'earlier'))
+
+def _read_table(path):
+    "A CSV as a spreadsheet saves it, all of it text."
+    try: table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', sep=None, engine='python')
+    except UnicodeError as e:
+        how = 'open it in the spreadsheet again, save it as "CSV UTF-8", and grade again'
+        raise ValueError(f'{path}: not UTF-8, so names and texts cannot be read: {how}') from e
+    return table.fillna('')   # of lines that are too short
+
+# %% ../nbs/tools/03_grading.ipynb #d11e9d1c
 def read_hand(
     path:Path # a filled `hand.csv`
 ) -> dict: # (student, lab, answer) → row as a dict; `points` a number or None
     "What was marked by hand; `ValueError` names the line that cannot be right."
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', sep=None, engine='python')
-    if missing := [k for k in ('student', 'lab', 'answer', 'points') if k not in table]:
+    table = _read_table(path)
+    if missing := [k for k in (*_KEY, 'points') if k not in table]:
         raise ValueError(f'{path}: no column {", ".join(missing)}; expected {", ".join(_HAND)}')
     rows = {}
     for line, row in enumerate(table.to_dict('records'), 2):
         try: points = float(row['points'].replace(',', '.')) if row['points'].strip() else None
         except ValueError: points = float('nan')
-        most = float(row.get('max') or 'inf')
+        most, at = float(row.get('max') or 'inf'), f'{path}, row {line} ({row["student"]}, {row["answer"]})'
         if points is not None and not 0 <= points <= most:
-            at = f'{path}, row {line} ({row["student"]}, {row["answer"]})'
             raise ValueError(f'{at}: points {row["points"]!r}, expected 0 to {most:g}')
-        rows[row['student'], row['lab'], row['answer']] = dict(row, points=points)
+        key, row = tuple(_nfc(row[k]) for k in _KEY), dict(row, points=points)
+        if key not in rows or not _filled(rows[key]): rows[key] = row
+        elif _filled(row): raise ValueError(f'{at}: a second line with a mark; keep one of the two')
     return rows
 
 # %% ../nbs/tools/03_grading.ipynb #f82b3d1d
 def answers(
     labs:dict, results:dict,
-    marked:dict=None # of `read_hand`
+    *marked:dict # of `read_hand`; of two marks for a text the later table's counts
 ) -> pd.DataFrame: # columns as in `hand.csv`; points NaN where nobody has marked yet
     "All answers in words that are not empty, with the marks that they have."
-    rows, marked = [], marked or {}
+    rows = []
     for (student, lab), r in results.items():
         for m in labs[lab].marks if 'broken' not in r else ():
             if m.kind != 'answer' or _unanswered(labs[lab], m, r): continue
             text, model = _plain(r['sources'][m.grade_id]), _model(_text(labs[lab].nb['cells'][m.at]))
             row = dict(student=student, lab=lab, answer=m.name, text=_safe(text), model=_safe(model))
-            row |= dict(max=m.points, file=r['file'])
-            rows.append(row | _carried(row, marked.get((student, lab, m.name))))
+            row |= dict(max=m.points, file=r['file'], points=None, comment='', earlier='')
+            for table in marked: row |= _carried(row, table.get((student, lab, m.name)))
+            rows.append(row)
     return pd.DataFrame(rows, columns=_HAND).astype(dict(points=float))
 
+# %% ../nbs/tools/03_grading.ipynb #79e0d482
 def _carried(row, old):
-    "Points and comment of an earlier mark; of another text, both become a note that no student sees."
-    if not old: return dict(points=None, comment='', earlier='')
-    note, points, comment = (old.get(k) or '' for k in ('earlier', 'points', 'comment'))
-    if old.get('text', row['text']).split() == row['text'].split():
-        return dict(points=old['points'], comment=comment, earlier=note)
-    if old['points'] is not None: note = f'was marked {points or 0:g} for an earlier text. {comment}'
-    elif comment: note = f'of an earlier text: {comment}'
-    return dict(points=None, comment='', earlier=note.strip())
+    "What an earlier mark adds to a line; of another text, points and comment become a note that no student sees."
+    if not old: return {}
+    points, (comment, note) = old['points'], (old.get(k, '') for k in ('comment', 'earlier'))
+    if old.get('text', row['text']).split() != row['text'].split():
+        said = f'was marked {points or 0:g} for an earlier text.' if points is not None else 'of an earlier text:'
+        if _filled(dict(old, earlier='')): note = ' '.join(filter(None, [said, comment, note]))
+        points, comment = None, ''
+    if note not in row['earlier']: note = f'{row["earlier"]} {note}'.strip()
+    else: note = row['earlier']
+    return dict(points=row['points'] if points is None else points, comment=comment or row['comment'], earlier=note)
+
+def _others(table, marked):
+    "Lines of `hand.csv` that match no answer of the table: (student, lab, answer) → row, as it was."
+    kept, here = {}, set(table[[*_KEY]].itertuples(index=False, name=None))
+    for key, old in (line for m in marked for line in m.items() if line[0] not in here):
+        kept[key] = kept[key] | _carried(kept[key], old) if key in kept else dict.fromkeys(_HAND, '') | old
+    return kept
 
 # %% ../nbs/tools/03_grading.ipynb #869d4d0e
 def mark_by_hand(root:Path, marks:pd.DataFrame):
@@ -651,8 +678,8 @@ def mark_by_hand(root:Path, marks:pd.DataFrame):
 # %% ../nbs/tools/03_grading.ipynb #0a25014c
 def scores(
     root:Path, labs:dict, results:dict
-) -> pd.DataFrame: # student, lab, exercise, kind, points (NaN: to be marked by hand), max, remark
-    "One row per student and question."
+) -> pd.DataFrame: # student, lab, exercise, kind, points (NaN: to be marked by hand), max, broken, remark
+    "One row per student and question; `broken`: the copy is missing or could not be read."
     with _quiet(), _gradebook(root) as gb: points = _booked(gb, {lab for _, lab in results})
     rows = []
     for student in sorted({s for s, _ in results}):
@@ -675,7 +702,8 @@ def _row(student, lab, m, r, points):
     about = [t for t in r['remarks'] if f' {m.name}:' in t or not re.match(r'(exercise|check|answer) ', t)]
     kind = 'by hand' if m.kind == 'answer' else 'check'
     row = dict(student=student, lab=lab.name, exercise=m.name, kind=kind, points=points, max=m.points)
-    if 'broken' in r: return row | dict(points=0, remark=_safe(r['broken']))
+    row |= dict(broken='broken' in r)
+    if row['broken']: return row | dict(points=0, remark=_safe(r['broken']))
     why = r['points'].get(m.name, (0, ''))[1]
     if m.kind == 'answer': why = UNANSWERED if _unanswered(lab, m, r) else 'to be marked by hand'*(points is None)
     return row | dict(remark=_safe('; '.join(filter(None, [why, *about]))))
@@ -693,13 +721,11 @@ def totals(
     return wide.assign(total=wide.sum(axis=1), waiting=waiting).reset_index()
 
 # %% ../nbs/tools/03_grading.ipynb #38800e1c
-_UNREAD = 'not handed in|not a notebook|a notebook without cells|could not be'
-
 def questions(
     table:pd.DataFrame # of `scores`
 ) -> pd.DataFrame: # lab, exercise, n (copies with a mark), waiting, mean, solved, missed (shares), discrimination
     "How hard each question was, and whom it separates. Copies that are missing or could not be read are left out."
-    read = table[~table.remark.str.contains(_UNREAD)]
+    read = table[~table.broken] if 'broken' in table else table
     all_of = table.pivot_table(index='student', columns=['lab', 'exercise'], values='points', aggfunc='sum')
     open_ = read[read.points.isna()].set_index(['lab', 'exercise']).index
     all_of = all_of.drop(columns=open_.unique(), errors='ignore')
@@ -808,13 +834,13 @@ def read_labs(
     "The graded labs of the course; of a folder, all notebooks that have a check or an answer."
     if folder is None: paths = [p for n, p in course_files(None).items() if n in LABS]
     else: paths = sorted(Path(folder).glob('*.ipynb'))
-    every = [Lab(p.stem, read_notebook(p), p.parent) for p in paths]
+    every = [Lab(_nfc(p.stem), read_notebook(p), p.parent) for p in paths]
     if found := {lab.name: lab for lab in every if lab.marks}: return found
     raise ValueError(f'{folder}: no notebook with a check or an answer; expected the course\'s own, nbs/ of a checkout')
 
 # %% ../nbs/tools/03_grading.ipynb #04c634bb
 def _write_table(table, path):
-    with atomic(path) as tmp: table.to_csv(tmp, index=False, encoding='utf-8')
+    with atomic(path) as tmp: table.to_csv(tmp, index=False, encoding='utf-8-sig')   # without -sig Excel spoils names
 
 def _write_all(out, table, hand, problems, results):
     "The tables and the figure of a class."
@@ -848,7 +874,7 @@ def grade(
     out:Path, # gets the tables, the figure, feedback/, and what a later run goes on from: results/, gradebook/
     secret:str, # of the class
     labs:Path=None, # the course's own notebooks, with solutions; nbs/ of the checkout if None
-    hand:Path=None, # a filled `hand.csv`; the one in `out` if None
+    hand:Path=None, # a filled `hand.csv`: its marks go over those of the one in `out`
     jobs:int=2, # copies at a time
     limits:Limits=Limits(),
     sandbox:str=None # of `sandbox.KINDS`; the strongest that works if None
@@ -856,8 +882,9 @@ def grade(
     "Grade a class. Nothing in the inbox is changed; a run that was cut goes on."
     _nbgrader()
     inbox, out = Path(inbox), Path(out).resolve()
-    hand, labs = Path(hand) if hand else out/'hand.csv', read_labs(labs)
-    marked = read_hand(hand) if hand.exists() else {}
+    ours, labs = out/'hand.csv', read_labs(labs)
+    theirs = Path(hand).resolve() if hand else ours
+    marked = [read_hand(p) for p in (ours, theirs) if p != ours or p.exists()]
     copies, problems = collect(inbox, labs)
     if not copies: raise ValueError(f'{inbox}: no submission. {_list(problems)}Expected STUDENT/{[*labs][0]}.ipynb')
     seal = partial(Sandbox, sandbox, limits, *_of_labs(labs, inbox, out))
@@ -873,13 +900,15 @@ def _of_labs(labs, *folders):
 
 def _tell(out, labs, results, marked, problems, jobs):
     "From results to gradebook, feedback and tables."
-    root, by_hand = out/'gradebook', answers(labs, results, marked)
+    root, by_hand = out/'gradebook', answers(labs, results, *marked)
+    others = _others(by_hand, marked)
+    hand = pd.DataFrame(by_hand.to_dict('records') + [*others.values()], columns=_HAND)
     book(root, labs, results)
     mark_by_hand(root, by_hand)
     table = scores(root, labs, results)
     write_feedback(root, out/'feedback', results, table, jobs)
-    _write_all(out, table, by_hand, problems, results)
-    _say(table, results, problems, out)
+    _write_all(out, table, hand, problems, results)
+    _say(table, results, problems, others, out)
     return table
 
 # %% ../nbs/tools/03_grading.ipynb #60bdee87
@@ -891,7 +920,7 @@ def _list(problems, most=8):
     more = f'… and {len(problems) - most} more.\n' if len(problems) > most else ''
     return ''.join(f'{s}.\n' for s in some) + more
 
-def _say(table, results, problems, out):
+def _say(table, results, problems, others, out):
     "The end of a run, in a few lines."
     broken = {f'{s}, {l}': r['broken'] for (s, l), r in results.items() if 'broken' in r}
     graded, who = _n(len(results) - len(broken), 'copy', 'copies'), _n(table.student.nunique(), 'student', 'students')
@@ -899,6 +928,9 @@ def _say(table, results, problems, out):
     failed = _n(len(broken), 'copy', 'copies')
     if broken: print(f'{failed} could not be: 0 points, to be looked at:\n{_list(broken)}', end='')
     if problems: print(f'{_n(len(problems), "file was", "files were")} not taken:\n{_list(problems)}', end='')
+    if others:
+        print(f'{_n(len(others), "line", "lines")} of {out.name}/hand.csv kept, and counted nowhere (a name that is '
+              f'spoiled can be mended there):\n{_list({", ".join(k): "no such answer" for k in others})}', end='')
     if n := int(table.points.isna().sum()):
         print(f'{_n(n, "answer waits", "answers wait")} for a mark by hand: fill `points` in {out.name}/hand.csv '
               'and grade again, before feedback is handed out')

@@ -11,7 +11,7 @@ import functools
 import numpy as np
 import torch
 
-from .questions import explainer
+from .questions import explainer, is_colour
 
 # %% ../nbs/06_integrated_gradients.ipynb #4546fc77
 PATH_RULES = 'gausslegendre', 'midpoint'
@@ -35,7 +35,9 @@ def path_rule(
     return (points + 1)/2, weights/2
 
 # %% ../nbs/06_integrated_gradients.ipynb #971fab44
-def _several(baseline): return list(baseline) if isinstance(baseline, (list, tuple)) else [baseline]
+def _several(baseline):
+    several = isinstance(baseline, (list, tuple)) and not is_colour(baseline)
+    return list(baseline) if several else [baseline]
 
 def _path_passes(n_steps, method, details, baseline='white', **_):
     _check_rule(n_steps, method)

@@ -282,7 +282,7 @@ def tabulated(
 def leaderboard(
     model:Classifier,
     x:torch.Tensor, # images (N, 3, H, W) in [0, 1]
-    y=None, # labels (N,): results also for patches that are rightly and wrongly classified
+    y=None, # labels (N,), numbers of classes: results also for patches that are rightly and wrongly classified
     methods=None, # see `methods.choose`
     metrics=None, # see `choose_metrics`
     *, masks=None, # true regions (N, H, W) bool
@@ -306,6 +306,7 @@ def _each(name, v, n):
     if v is None: return None
     v = v.numpy(force=True) if torch.is_tensor(v) else np.asarray(v)
     if v.shape != (n,): raise ValueError(f'{name} has shape {v.shape}: expected ({n},), one for each image')
+    if name == 'y' and v.dtype.kind not in 'iu': raise ValueError(f'y is {v.dtype}: expected whole numbers, of classes')
     return v
 
 def _as_regions(masks, x):
@@ -502,7 +503,8 @@ def as_explainer(
     if hasattr(f, 'on'): return f
     if not callable(f): raise ValueError(f'explainer is {type(f).__name__}: expected a function of model, x, target')
     def given(q):
-        with evaluating(q.model), seeded(q.seed, q.device), torch.enable_grad():
+        # the dice are taken before the network, as by all others: two threads never wait for each other
+        with seeded(q.seed, q.device), evaluating(q.model), torch.enable_grad():
             return torch.as_tensor(f(q.model, q.x.clone(), q.target.clone())).detach().float().to(q.device)
     given.__name__ = given.__qualname__ = name or getattr(f, '__name__', 'given')
     return explainer(signed=True, source='given', passes=None)(given)

@@ -17,13 +17,14 @@ import torch
 from .classifier import Classifier, class_score, predict
 from .controls import CONTROL_KINDS
 from .core import atomic, fingerprint, home, processes, progress, run_name, wait_for_all
-from .data import Split, ahead, split_id, to_float
+from .data import Split, ahead, rows_id, split_id, to_float
 from .identity import described, network_id, weights_id
 from .leaderboard import Measured, choose_metrics, measured, tabulated
 from .maps import centre_mask
 from .methods import choose, explain
 from .questions import Question
 from .release import CLASSES
+from .training import labels_for
 
 # %% ../nbs/tools/00_many_maps.ipynb #1b473123
 def _write_chunk(path, model, split, index, patches, methods, batch_size, options):
@@ -188,14 +189,16 @@ def split_leaderboard(
     apart = {k: options.pop(k, None) for k in ('batch_size', 'num_workers')}
     options, masks = _USUAL | options, true_regions(split, [0]) is not None
     chosen, metrics = _storable(choose(methods, model), options), choose_metrics(metrics, masks or None)
-    about = _recipe(model, split, chosen, options) | dict(chunk=chunk, controls=list(controls), masks=masks)
+    drawn = masks if split.raw_masks is None else rows_id(split.raw_masks, split.rows)
+    about = _recipe(model, split, chosen, options) | dict(chunk=chunk, controls=list(controls), masks=drawn)
     about['metrics'] = json.loads(json.dumps({name: described(m, name) for name, m in metrics.items()}))
     folder = Path(folder or home('data', 'measures')/f'{run_name()}-{fingerprint(about)}')
     _check_folder(folder, about)
     files = _measure_missing(model, split, chosen, metrics, folder, chunk, masks,
                              options | dict(controls=controls, batch_size=apart['batch_size']), apart['num_workers'])
     said = {k: options[k] for k in ('seed', 'score', 'baseline')}
-    return tabulated(_read_measured(files, metrics), metrics, classes=model.classes, y=split.y, by=split.slides, **said)
+    y = labels_for(model, split)   # names the classes, too, where nobody has asked the network yet
+    return tabulated(_read_measured(files, metrics), metrics, classes=model.classes, y=y, by=split.slides, **said)
 
 # %% ../nbs/tools/00_many_maps.ipynb #8f8ca60c
 def _measure_missing(model, split, chosen, metrics, folder, chunk, masks, options, num_workers):

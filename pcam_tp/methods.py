@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .cam import gradcam, gradcam_pp, hirescam, layercam
-from .classifier import Classifier, as_logits, chosen_layers, class_score, copied, get_layer
+from .classifier import Classifier, as_logits, autocast, chosen_layers, class_score, copied, get_layer
 from .controls import CONTROLS, seeded, shifted, with_controls
 from .integrated_gradients import integrated_gradients
 from .maps import rank_correlation, top_mask, unit_ranks
@@ -93,7 +93,7 @@ def _adapted(name, prepare, signed, source, layer):
     def explain(q):
         if q.precision != 'fp32': raise ValueError(f'{name} runs in fp32 only, precision is {q.precision!r}')
         parts = []
-        with seeded(q.seed, q.device), torch.enable_grad():
+        with seeded(q.seed, q.device), torch.enable_grad(), autocast(q.device):
             maps_of = prepare(q)
             q.batches(1, lambda i, j: parts.append(maps_of(i).detach()))
         return torch.cat(parts)

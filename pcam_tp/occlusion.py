@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from .classifier import predict
+from .classifier import autocast, predict
 from .data import Batches
 from .maps import centre_mask
-from .questions import autocast, explainer, replaced
+from .questions import explainer, replaced
 
 # %% ../nbs/05_occlusion.ipynb #8df09a0b
 def tumour_patches(
@@ -120,8 +120,9 @@ class _RandomMasks:
     def __init__(self, n, cells, p, shape, seed, device):
         g = torch.Generator().manual_seed(seed)
         size = [-(-s//cells) for s in shape]   # pixels of a cell
-        self.grids = (torch.rand(n, cells + 1, cells + 1, generator=g, dtype=torch.float32) < p).float().to(device)
-        self.shifts = [torch.randint(s, (n,), generator=g).to(device) for s in size]
+        shown = torch.rand(n, cells + 1, cells + 1, generator=g, dtype=torch.float32, device='cpu') < p
+        self.grids = shown.float().to(device)
+        self.shifts = [torch.randint(s, (n,), generator=g, device='cpu').to(device) for s in size]
         self.stretch = [_stretched(cells, s, side).to(device) for s, side in zip(size, shape)]
     def __getitem__(self, j):
         "Masks (b, H, W) of the numbers `j` (b,)."

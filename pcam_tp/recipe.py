@@ -8,11 +8,12 @@ __all__ = ['course_recipe', 'trained', 'trained_with_ink', 'opening_case']
 # %% ../nbs/02_training.ipynb #d0541fc2
 import math
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 from .classifier import Classifier, trainable_parameters
-from .core import (file_hash, fingerprint, home, make_once, processes, run_name, sizes,
-                          wait_for_all)
+from .core import (best_device, fastest_precision, file_hash, fingerprint, home, make_once, processes, run_name,
+                          sizes, wait_for_all)
 from .data import Split, open_split, open_splits, split_id
 from .models import build, imagenet_weights, load_model, save_model
 from .release import CLASSES
@@ -80,13 +81,15 @@ def _what_counts(recipe):
 # %% ../nbs/02_training.ipynb #2c226a40
 def _train_and_save(folder, checkpoint, name, splits, options, epochs, **recipe):
     "Train; the process that was given a folder writes the model into it."
+    device = torch.device(recipe.pop('device', None) or best_device())
+    how = dict(device=device, precision=recipe.pop('precision', None) or fastest_precision(device))
     model = build(name, seed=recipe['seed'], **options)
-    history = fit(model, *splits, epochs, checkpoint=checkpoint, **recipe)
+    history = fit(model, *splits, epochs, checkpoint=checkpoint, **how, **recipe)
     if folder is None: return
     best = history.loc[history.valid_loss.idxmin()].to_dict()
     model.card['training'] = dict(best, run=run_name(), patches=len(splits[0]), epochs=len(history),
                                   parameters=trainable_parameters(model), seconds=history.seconds.sum(),
-                                  processes=processes()[1])
+                                  processes=processes()[1], device=device.type, precision=how['precision'])
     save_model(model.cpu(), folder)
     history.to_csv(folder/'history.csv', index=False)
     checkpoint.unlink()

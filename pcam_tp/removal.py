@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from scipy.stats import spearmanr
 
+from .classifier import autocast
 from .maps import entropy, gini
 from .faithfulness import _order
 from .measures import metric, unit_curve, unit_places
-from .questions import autocast, replaced
+from .questions import replaced
 
 # %% ../nbs/09b_removal.ipynb #ecfbd46d
 def _each(u, kernel, **how):
@@ -138,7 +139,8 @@ def road(q, maps,
     place, count = _order(q, maps, unit)
     last = count.cpu()[:, None] - 1
     cut = (_shares(shares)*(last + 1) + .5).long().clamp(min=1).minimum(last).to(q.device)
-    static = torch.stack([torch.randn(q.x.shape[1:], generator=g) for g in q.dice('remv')]).to(q.device)*noise
+    dice = [torch.randn(q.x.shape[1:], generator=g, device='cpu') for g in q.dice('remv')]
+    static = torch.stack(dice).to(q.device)*noise
     def make(i, j):
         first = cut[i, j % len(shares)][:, None, None]
         most = (j < len(shares))[:, None, None]

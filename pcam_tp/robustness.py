@@ -19,13 +19,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from .classifier import Classifier, evaluating, predict
+from .classifier import Classifier, autocast, evaluating, predict
 from .controls import other, random_map
 from .core import home, make_once, sizes
 from .data import Batches, Split, split_id, to_float
 from .identity import kept_as
 from .measures import metric, unit_places
-from .questions import autocast, row_dice
+from .questions import row_dice
 from .recipe import trained
 from .stats import Interval, auc_interval, holm, interval, macro_auc, paired_test, roc_auc
 from .training import evaluate, probabilities

@@ -92,11 +92,13 @@ def smoothed(method, n_samples=25, noise=.15):
 # %% ../nbs/04_saliency.ipynb #14acd372
 @contextlib.contextmanager
 def _positive_gradients(model):
-    "Inside the block, every `nn.ReLU` module hands back the positive part of its gradient only."
+    "Inside the block, every `nn.ReLU` hands back the positive part of its gradient only; yields those that ran."
+    ran = set()
     def keep(module, inputs, out):
+        ran.add(module)
         if out.requires_grad: out.register_hook(torch.relu)
     hooks = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, torch.nn.ReLU)]
-    try: yield
+    try: yield ran
     finally:
         for h in hooks: h.remove()
 
@@ -114,5 +116,6 @@ def guided_backprop(q, *, channels='sum'):
 
     channels: as in `saliency`
     Details: 'gradient' (N, 3, H, W)."""
-    with evaluating(q.model), _positive_gradients(q.model): g = q.gradients()
+    with evaluating(q.model), _positive_gradients(q.model) as ran: g = q.gradients()
+    if not ran: raise ValueError('no nn.ReLU was seen running: hooks of a compiled network are not called')
     return _reduced(g, channels), dict(gradient=g)

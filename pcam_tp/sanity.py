@@ -23,6 +23,7 @@ from .questions import answers
 from .stats import holm, interval, paired_test
 
 # %% ../nbs/12_sanity_checks.ipynb #2aee28f1
+@torch.inference_mode(False)
 def _redrawn(model, names, seed):
     "A copy whose layers of these names have new weights."
     fresh, place = copied(model).cpu(), {n: k for k, (n, _) in enumerate(model.net.named_modules())}

@@ -81,7 +81,7 @@ def _on_draws(values, statistic, codes, n):
     return (lambda draw: statistic(*[v[np.concatenate([members[s] for s in draw])] for v in values])), False
 
 # %% ../nbs/foundation/04_stats.ipynb #122e7da3
-FEWEST = 6   # slides that an interval rests on
+FEWEST = 6   # slides, or patches, that an interval rests on
 
 def _left_out(f, vectorized, n, n_values):
     "The statistic without each unit in turn (n,), in batches of some 30 MB."
@@ -117,22 +117,22 @@ def interval(
     level:float=.95, # coverage that is aimed at
     n_resamples:int=2000, # draws of a bootstrap
     seed:int=0, # of a bootstrap: the same seed gives the same interval
-    method:str=None, # 'jackknife' by slide, 'percentile' by patch; or 'BCa', 'basic', see `scipy.stats.bootstrap`
+    method:str=None, # 'jackknife' by slide; by patch 'wilson' of zeros and ones, else 'percentile'; or 'BCa', 'basic'
     bounded:bool=None # a statistic in [0, 1]: the jackknife works on log odds; None: a mean of zeros and ones does
 ) -> Interval:
-    """Interval of a statistic over all patches: by slide a jackknife with t, by patch a bootstrap (Efron 1979).
-
-    Bounds are nan below 6 slides (`FEWEST`), for one patch, and by slide where leaving one out leaves no statistic (an
-    AUC with one class) or a bounded one is exactly 0 or 1. Equal values give an interval of length 0. A bootstrap
-    leaves out draws on which the statistic is nan. `ValueError`: empty input, NaN, arrays of different length."""
+    """Interval of a statistic over all patches: by slide a jackknife with t; by patch Wilson's of a share (1927), else
+    a bootstrap (Efron 1979). Bounds are nan below 6 slides or patches (`FEWEST`), and by slide where leaving one out
+    leaves no statistic (an AUC with one class) or a bounded one is exactly 0 or 1. Equal values give an interval of
+    length 0. A bootstrap leaves out draws on which the statistic is nan. `ValueError`: empty, NaN, unequal lengths."""
     values = _aligned(values, statistic)
     codes, n = _units(by, len(values[0]))
     f, vectorized = _on_draws(values, statistic, codes, n)
-    low, high, method = np.nan, np.nan, method or ('percentile' if by is None else 'jackknife')
-    if bounded is None: bounded = isinstance(statistic, str) and np.isin(values[0], (0, 1)).all()
-    if n > 1 and method == 'jackknife':
+    share = isinstance(statistic, str) and np.isin(values[0], (0, 1)).all()
+    bounded, method = share if bounded is None else bounded, _method(method, by, share and bounded is not False)
+    if method == 'jackknife':
         low, high = _jackknife(f, vectorized, codes, _effective(np.bincount(codes)), level, bounded)
-    elif n > 1: low, high = _bootstrap(f, vectorized, n, len(codes), level, n_resamples, seed, method)
+    elif method == 'wilson': low, high = _wilson(values[0], level)
+    else: low, high = _bootstrap(f, vectorized, n, len(codes), level, n_resamples, seed, method)
     return Interval(float(f(np.arange(n))), float(low), float(high), n, 'patch' if by is None else 'slide')
 
 # %% ../nbs/foundation/04_stats.ipynb #590010a7
@@ -145,10 +145,21 @@ def _aligned(values, statistic):
         raise ValueError(f'statistic is {statistic!r}: expected a function, since "mean" is of one array (N,)')
     return values
 
+def _method(asked, by, share):
+    "How an interval is found."
+    if asked == 'wilson' and not (share and by is None):
+        raise ValueError("method 'wilson' is for zeros and ones, by patch")
+    return asked or ('jackknife' if by is not None else 'wilson' if share else 'percentile')
+
+def _wilson(v, level):
+    if len(v) < FEWEST: return np.nan, np.nan
+    return _scipy.binomtest(int(v.sum()), len(v)).proportion_ci(level, 'wilson')
+
 # %% ../nbs/foundation/04_stats.ipynb #20a1f716
 _RNG = 'rng' if 'rng' in inspect.signature(_scipy.bootstrap).parameters else 'random_state'  # renamed in scipy 1.15
 def _bootstrap(f, vectorized, n, n_values, level, n_resamples, seed, method):
     "Bounds by `scipy.stats.bootstrap` over unit numbers, in batches of some 30 MB; nan draws are left out."
+    if n < FEWEST: return np.nan, np.nan
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', (_scipy.DegenerateDataWarning, RuntimeWarning))
         r = _scipy.bootstrap((np.arange(n),), f, vectorized=vectorized, n_resamples=n_resamples,

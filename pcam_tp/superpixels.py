@@ -153,7 +153,7 @@ def _explain(q, segmentation, hide, n_samples, draw, fit):
     behind, step, parts = q.baseline(), max(1, q.batch_size//n_samples), []
     for i in range(0, len(q.x), step):
         rows = slice(i, min(i + step, len(q.x)))
-        labels = segments(images[rows], segmentation) if given is None else given[rows]
+        labels = segments(images[rows].clamp(0, 1), segmentation) if given is None else given[rows]
         hidden = _mean_colours(images[rows], labels).to(q.device, non_blocking=True) if hide else behind[rows]
         masks, weights = zip(*(draw(int(l.max()) + 1) for l in labels))
         scores, back = _ask(q, rows, labels, hidden, masks)

@@ -201,3 +201,11 @@ def test_words(model, folder, tmp_path):
     assert 'of 3 with a label rightly' in guide or t.predicted.nunique() > 1
     with pytest.raises(ValueError, match='no column rise_half'): reading_guide(t, 'rise')
     json.loads((tmp_path/'out'/'c.bmp'/'result.json').read_text(encoding='utf-8'))
+
+
+def test_its_own_pictures_are_no_images(model, folder, tmp_path, monkeypatch):
+    "Wherever they lie, and however the folder is called."
+    monkeypatch.chdir(tmp_path)
+    first = analyse_folder(model, folder, folder/'maps', methods=['saliency'])
+    for out in ('in/maps', folder/'maps', folder/'again'):
+        assert list(analyse_folder(model, folder, out, methods=['saliency']).image) == list(first.image)

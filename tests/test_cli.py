@@ -264,3 +264,28 @@ def test_usual_metrics_fit_the_patches(place, shell, tmp_path, monkeypatch):
     monkeypatch.setattr('pcam_tp.cli._network', lambda *a: pytest.fail('work before the question is looked at'))
     r = shell(f'measure --model {line} --metrics relevance_mass', ok=False)
     assert r.exit_code == 1 and "'relevance_mass' needs the true regions" in r.stderr
+
+
+def test_patches_that_were_trained_on_are_not_for_validation(tmp_path, monkeypatch):
+    "Of pcam-small, valid is cut in two: more patches than the budget's are not cut anew."
+    from pcam_tp.cli import _part
+    from pcam_tp.core import using
+    monkeypatch.setenv('PCAM_TP_HOME', str(tmp_path))
+    write_synthetic(tmp_path/'data'/'pcam', dict(valid=60, test=8))
+    with using('pcam-small', 'quick'):
+        trained_on, valid, _ = open_splits()
+        for n in (5, 3_000):
+            part = _part(dict(split='valid', num_images=n, seed=0))
+            assert not set(part.rows) & set(trained_on.rows) and len(part) == min(n, len(valid))
+
+
+def test_labels_go_by_name(place, shell):
+    "Of a network that has the split's classes in another order, and one more."
+    three = build('small_cnn', width=.1, n_classes=3, classes=['tumour', 'fat', 'normal'])
+    save_model(three, place.home/'three')
+    rows = place.home/'three.csv'
+    shell(f'test --model {place.home/"three"} --split test --out {rows}')
+    assert list(pd.read_csv(rows).y) == [2 if y == 0 else 0 for y in open_splits()[2].y]
+    save_model(build('small_cnn', width=.1, classes=['benign', 'malignant']), place.home/'foreign')
+    r = shell(f'test --model {place.home/"foreign"} --split test', ok=False)
+    assert r.exit_code and 'benign' in r.output and 'Traceback' not in r.output

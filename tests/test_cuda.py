@@ -140,3 +140,29 @@ try:
 except RuntimeError as e: assert "precision='fp16'" in str(e) and 'not permitted' in str(e.__cause__), e
 assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), 'a failed recording left its traces'
 ''', env=ON | {'FAKE_CUDA_JITTER': '0'})
+
+
+def test_a_resumed_run_keeps_the_scale_of_float16():
+    python('''
+import tempfile, torch
+from pathlib import Path
+from unittest import mock
+from pcam_tp.data import open_split, subset
+from pcam_tp.models import build
+from pcam_tp.training import _Run, train
+few = [subset(open_split(s), n) for s, n in (('train', 64), ('valid', 32))]
+saved, epoch, made = _Run.save, _Run.epoch, Path(tempfile.mkdtemp())
+def run(file, precision='fp16'):
+    train(build('small_cnn', width=.1), *few, epochs=3, batch_size=16, precision=precision, checkpoint=made/file)
+    return torch.load(made/file, weights_only=True)
+def stops(self, bar):
+    if self.history: raise KeyboardInterrupt
+    return epoch(self, bar)
+whole = run('whole')['scaler']
+with mock.patch.object(_Run, 'epoch', stops):
+    try: run('cut')
+    except KeyboardInterrupt: pass
+assert torch.load(made/'cut', weights_only=True)['scaler']['_growth_tracker'] == 4, 'one epoch of four steps'
+assert run('cut')['scaler'] == whole and whole['_growth_tracker'] == 12, whole
+assert 'scaler' not in run('bf16', 'bf16')
+''', env=ON | {'FAKE_CUDA_JITTER': '0'})

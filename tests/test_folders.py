@@ -1,5 +1,5 @@
 "Folders, tables, rows: every format and refusal, a stop in the middle, and real samples where there are some."
-import json, os, signal, subprocess, sys, time
+import io, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import h5py
@@ -12,7 +12,7 @@ from PIL import Image
 from conftest import ROOT
 from pcam_tp import folders
 from pcam_tp.data import open_splits, to_float
-from pcam_tp.folders import import_any, import_folder, import_table, read_image, read_import, split_groups
+from pcam_tp.folders import import_any, import_folder, import_parquet, import_table, read_image, read_import, split_groups
 from pcam_tp.methods import explain
 from pcam_tp.models import build
 from pcam_tp.plots import compare_maps, plot_confusion, plot_roc
@@ -201,10 +201,35 @@ def test_refusals_leave_nothing(tmp_path, words):
 def test_groups_that_copies_join(tmp_path):
     "Three groups, two of which share a picture, are two: refused after the images were read, and nothing is left."
     for c in 'ab':
-        for g in range(3): save(tmp_path/'in'/c/f'p{g}.png', Image.fromarray(np.full((9, 9, 3), 50*(g > 0), 'uint8')))
-    with pytest.raises(ValueError, match='groups .* for 3 splits'):
+        for g in range(3): save(tmp_path/'in'/c/f'p{g}.png', Image.fromarray(RGB if g else 255 - RGB))
+    with pytest.raises(ValueError, match=r'3 groups, .*copies leave 2, such as a/p1.png and a/p2.png.* for 3 splits.*remove'):
         import_folder(tmp_path/'in', tmp_path/'out', size=8, group=r'(?P<group>p\d)')
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != '.lock') == ['in']
+
+
+def test_images_of_one_colour_join_nothing(tmp_path):
+    "A white tile in each patient: the patients stay apart, the tiles are counted, and no leak is told of them."
+    root = tiny(tmp_path/'in', groups=9)
+    for g in range(9): save(root/'a'/f'p{g}_blank.png', Image.new('RGB', (40, 40), 'white'))
+    made = import_folder(root, tmp_path/'out', size=32, group=r'(?P<group>p\d+)_')
+    said = repr(made)
+    assert (made.counts[['train', 'valid', 'test']].sum() > 0).all() and '9 of one colour' in said
+    assert '9 groups by' in said and 'each in one split' in said and 'it leaks' not in said
+    alone = import_folder(root, tmp_path/'alone', size=32)   # without patients they still lie together
+    files = [set(s.meta.file) for s in open_splits(alone.folder, n=(99, 99, 99))]
+    assert sorted(sum('blank' in f for f in part) for part in files) == [0, 0, 9]
+
+
+def test_two_imports_at_once(tmp_path, monkeypatch):
+    "The one that comes second finds other settings under its name, and does not return the first one's folder as its own."
+    root, once = tiny(tmp_path/'in'), folders.make_once
+    def late(*args):
+        monkeypatch.setattr(folders, 'make_once', once)
+        import_folder(root, tmp_path/'out', size=32, seed=2)
+        return once(*args)
+    monkeypatch.setattr(folders, 'make_once', late)
+    with pytest.raises(ValueError, match='holds something else'): import_folder(root, tmp_path/'out', size=32, seed=1)
+    assert read_import(tmp_path/'out').card['seed'] == 2 and import_folder(root, tmp_path/'out', size=32, seed=2)
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -268,6 +293,111 @@ def test_tables(tmp_path):
                                                'in the folder and not in the table'])
     with pytest.raises(ValueError, match='which is which'): import_table(tmp_path/'t.csv', tmp_path/'part0', tmp_path/'no')
     with pytest.raises(ValueError, match='for class folders only'): import_any(tmp_path/'part0', tmp_path/'no', tmp_path/'t.csv', group='x')
+
+
+def listed(rows, path, columns=('file', 'dx')): pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
+
+
+def kept(made):
+    "Class of each file that was kept."
+    return {f: s.classes[y] for s in open_splits(made.folder, n=(999,)*3) for f, y in zip(s.meta.file, s.y)}
+
+
+def test_a_row_takes_its_own_file(tmp_path):
+    "A row with a folder in its name takes the file of that folder or none; an ending may be missing."
+    noise = lambda: Image.fromarray(RNG.integers(0, 256, (40, 40, 3), 'uint8'))
+    names = [f'p{p}/{i}.png' for p in range(2, 7) for i in range(3)] + ['p7/unique.png', 'p1/bare.png', 'p2/bare.png']
+    for n in names: save(tmp_path/'in'/n, noise())
+    rows = [('p1/unique.png', 'benign'), ('p9/0.png', 'benign'), ('p7/unique.png', 'malignant'), ('p1/bare', 'benign'), ('p2/bare', 'malignant')]
+    rows += [(n, 'ab'[int(n[1]) % 2]) for n in names[:15]]
+    listed(rows, tmp_path/'t.csv')
+    made = import_table(tmp_path/'t.csv', tmp_path/'in', tmp_path/'out', columns=dict(image='file', label='dx'), size=32)
+    assert dict(zip(made.skipped.file, made.skipped.why)) == dict.fromkeys(('p1/unique.png', 'p9/0.png'), 'in the table and not in the folder')
+    found = kept(made)
+    assert len(found) == 18 and found['p7/unique.png'] == found['p2/bare.png'] == 'malignant' and found['p1/bare.png'] == 'benign'
+    listed([('in/' + n, c) for n, c in rows[2:]], tmp_path/'above.csv')   # the table names the folder itself
+    made = import_table(tmp_path/'above.csv', tmp_path/'in', tmp_path/'out2', columns=dict(image='file', label='dx'), size=32)
+    assert len(kept(made)) == 18 and made.skipped.empty
+
+
+def test_two_files_of_one_name(tmp_path):
+    "Two folders with equal names: a bare name means neither, and each has its line; one with its folder is clear."
+    for d in 'AB':
+        for i in range(8): save(tmp_path/d/f'{i}.png', Image.fromarray(RNG.integers(0, 256, (40, 40, 3), 'uint8')))
+    both, roles = [tmp_path/'A', tmp_path/'B'], dict(image='file', label='dx')
+    save(tmp_path/'A'/'only.png', Image.fromarray(RGB)); save(tmp_path/'B'/'lone.png', Image.fromarray(255 - RGB))
+    listed([('0.png', 'x'), ('1', 'y'), ('only.png', 'x'), ('lone.png', 'y')] + [(f'{d}/{i}.png', 'xy'[d == 'B']) for d in 'AB' for i in range(2, 8)], tmp_path/'t.csv')
+    made = import_table(tmp_path/'t.csv', both, tmp_path/'out', columns=roles, size=32)
+    assert made.skipped.why.tolist().count('two files have this name') == 6 == len(made.skipped)
+    found = kept(made)
+    assert len(found) == 14 and found['A/2.png'] == 'x' and found['B/2.png'] == 'y'
+    again = import_table(tmp_path/'t.csv', [tmp_path/'A', tmp_path/'A', tmp_path/'B'], tmp_path/'out2', columns=roles, size=32)
+    assert kept(again) == found
+
+
+def test_texts_that_are_not_utf8(tmp_path):
+    "A table or a file name in Latin-1: named with a remedy, before an image is read."
+    root = tiny(tmp_path/'in')
+    os.rename(root/'a'/'p0_0.png', os.fsencode(root/'a') + b'/gr\xf6n.png')
+    with pytest.raises(ValueError, match=r'gr.*n.png.*not UTF-8.*rename'): import_folder(root, tmp_path/'out', size=32)
+    assert not list(tmp_path.glob('.out*part*'))
+    os.rename(os.fsencode(root/'a') + b'/gr\xf6n.png', os.fsencode(root/'a') + b'/gr\xf6n.txt')
+    assert len(import_folder(root, tmp_path/'out', size=32).skipped) == 1
+    listed([(f'a/p{i}_{2*i}.png', ('böse', 'gut')[i % 2]) for i in range(8)], tmp_path/'t.csv')
+    (tmp_path/'t.csv').write_bytes((tmp_path/'t.csv').read_text().encode('latin-1'))
+    with pytest.raises(ValueError, match=r't.csv is not UTF-8.*save it'):
+        import_table(tmp_path/'t.csv', root, tmp_path/'no', columns=dict(image='file', label='dx'))
+
+
+def test_splits_that_lack_train(tmp_path):
+    "A column that names valid and test only has nothing to learn from: said before an image is read."
+    root = tiny(tmp_path/'in')
+    listed([(f'{c}/p{i}_{2*i}.png', c, 'test' if i % 3 else 'val') for i in range(8) for c in 'ab'], tmp_path/'t.csv', ('file', 'dx', 'fold'))
+    with pytest.raises(ValueError, match='train.*found test, valid'):
+        import_table(tmp_path/'t.csv', root, tmp_path/'no', columns=dict(image='file', label='dx', split='fold'))
+    assert not list(tmp_path.glob('.no*part*'))
+
+
+def test_groups_that_the_source_shares(tmp_path):
+    "Its own split cuts through groups: the leak is said, and not its contrary."
+    for part in ('train', 'test'): tiny(tmp_path/'in'/part)
+    said = repr(import_folder(tmp_path/'in', tmp_path/'out', size=32, group=r'(?P<group>p\d+)_'))
+    assert 'share their group' in said and 'each in one split' not in said and '8 groups by' in said
+
+
+@pytest.mark.parametrize('place', ['default/{}/0000.parquet', '{}/part/{}-00000-of-00001.parquet', '{}-00000-of-00001.parquet'])
+def test_splits_of_parquet_files(tmp_path, place):
+    "Train, validation and test as Hugging Face puts them, in names of files or of folders; also by the one call for all."
+    pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    for name, n in (('train', 24), ('validation', 6), ('test', 12)):
+        path = tmp_path/'hub'/place.format(name, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for i in range(n):
+            Image.fromarray(RNG.integers(0, 256, (40, 40, 3), 'uint8')).save(b := io.BytesIO(), 'png')
+            rows.append(dict(image=dict(bytes=b.getvalue(), path=None), label=i % 2))
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    for made in (import_any(tmp_path/'hub', tmp_path/'out', size=32), import_parquet(sorted((tmp_path/'hub').rglob('*.parquet')), tmp_path/'out2', size=32)):
+        assert made.counts[['train', 'valid', 'test']].sum().tolist() == [24, 6, 12]
+        assert len(kept(made)) == 42
+
+
+def test_integers_of_any_width(tmp_path):
+    "Bytes stay bytes in wider integers; 16 bits that hold no more than 255 are refused; the largest value is named."
+    for dtype in ('int16', 'int32', 'int64', 'uint32', 'uint64'): assert (read_image(RGB.astype(dtype)) == read_image(RGB)).all(), dtype
+    assert (read_image(torch.from_numpy(RGB.astype('int64')).permute(2, 0, 1)) == read_image(RGB)).all()
+    assert (read_image(RGB.astype('int64')*257) == read_image(RGB)).all() and not read_image(np.zeros((9, 9), 'uint16')).any()
+    with pytest.raises(ValueError, match="up to 255 in 16 bits.*astype.'uint8'"): read_image(RGB.astype('uint16'))
+    save(tmp_path/'wide.tif', Image.fromarray(GREY.astype('int32')))
+    assert (read_image(tmp_path/'wide.tif') == read_image(GREY)).all()
+    root = tiny(tmp_path/'in', ('a', 'b'))
+    for c in 'ab':
+        for i in range(3): save(root/c/f'p9_{i}.png', Image.fromarray(RNG.integers(0, 4090 + i, (40, 40)).astype('uint16')))
+        save(root/c/'p9_most.png', Image.fromarray(np.full((40, 40), 4095, 'uint16')))
+        save(root/c/'p9_bytes.png', Image.fromarray(GREY.astype('uint16')))
+    made = import_folder(root, tmp_path/'out', size=32)
+    assert '8 deep: white is the largest value of the type, and the largest found is 4,095' in repr(made)
+    assert made.skipped.why.str.contains('up to 255 in 16 bits').tolist() == [True, True]
 
 
 def test_dealing_is_fair_and_whole():

@@ -1,5 +1,5 @@
 """Grading: cheats, broken copies and kills on a small course. Each of these copies was once a way to points or to a dead batch."""
-import copy, io, json, os, re, shutil, signal, subprocess, sys, time, zipfile
+import copy, io, json, os, re, shutil, signal, subprocess, sys, time, unicodedata, zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -318,6 +318,212 @@ def test_what_waits_is_not_missed(few):
     assert labels == ['l · code (n = 4)', 'l · none (n = 0, 3 wait)', 'l · some (n = 3, 1 wait)']
     assert [t.get_text() for t in fig.axes[0].texts] == ['no mark yet']
     assert few.tables['questions'].set_index('exercise').waiting.to_dict() == dict(double=0, largest=0, share=0, why=1)
+
+
+class NoBox:
+    "In place of a sandbox: answers in words run nothing."
+    kind, process = 'none needed', None
+    def __init__(self, *args): pass
+    def run(self, cells): return [dict(status='ok', output='', values=['none'])]*len(cells)
+    def close(self): pass
+
+
+class Words:
+    "Three students answer one question in words. `said`: of the last run."
+    def __init__(self, folder):
+        self.at(folder)
+        (folder/'labs').mkdir()
+        nbformat.write(self.copy('<!-- ### BEGIN SOLUTION\nBecause.\n### END SOLUTION -->'), folder/'labs'/'small.ipynb')
+        for student in 'ada', 'josé', 'max': self.hand_in(student)
+
+    def at(self, folder):
+        self.folder, self.out, self.hand = folder, folder/'out', folder/'out'/'hand.csv'
+        return self
+
+    def copy(self, text): return nbformat.v4.new_notebook(cells=[cell('md', f'<!-- answer: why, points=4 -->\n{text}')])
+    def hand_in(self, student, text='weil Größe zählt'): hand_in(self.folder/'inbox', f'{student}/small.ipynb', self.copy(text))
+    def leaves(self, student): shutil.rmtree(self.folder/'inbox'/student)
+
+    def grade(self, hand=None):
+        "Points of a run by student."
+        with redirect_stdout(io.StringIO()) as said:
+            table = grade(self.folder/'inbox', self.out, SECRET, labs=self.folder/'labs', hand=hand, jobs=1)
+        self.said = said.getvalue()
+        return table.set_index('student').points.fillna(-1).to_dict()
+
+    def lines(self): return pd.read_csv(self.hand, dtype=str, keep_default_na=False)
+    def line(self, student): return self.lines().set_index('student').loc[student, ['points', 'comment', 'earlier']].tolist()
+
+    def mark(self, **points):
+        table = self.lines()
+        table.assign(points=table.student.map(points), comment='good').to_csv(self.hand, index=False, encoding='utf-8')
+
+    def excel(self, **points):
+        "Excel takes a file without the mark of UTF-8 for cp1252; saved is what it calls CSV UTF-8."
+        coded = 'utf-8-sig' if self.hand.read_bytes().startswith(b'\xef\xbb\xbf') else 'cp1252'
+        table = pd.read_csv(io.StringIO(self.hand.read_bytes().decode(coded, 'replace')), dtype=str, keep_default_na=False)
+        table['points'] = table.student.map(points).fillna('3')
+        table.to_csv(self.hand, index=False, sep=';', encoding='utf-8-sig')
+
+    def of_colleague(self, **points):
+        "A table with a line for each of `points` and no more."
+        path, table = self.folder/'colleague.csv', self.lines()
+        table = table[table.student.isin(points)]
+        table.assign(points=table.student.map(points), comment='').to_csv(path, index=False)
+        return path
+
+
+def light(patch):
+    "Neither sandbox nor pages."
+    patch.setattr(grading, 'Sandbox', NoBox)
+    patch.setattr(grading, 'write_feedback', lambda *args: None)
+
+
+@pytest.fixture(scope='module')
+def in_words(tmp_path_factory):
+    words = Words(tmp_path_factory.mktemp('words'))
+    with pytest.MonkeyPatch.context() as patch:
+        light(patch)
+        words.grade()
+    return words
+
+
+@pytest.fixture
+def words(in_words, tmp_path, monkeypatch):
+    "A class of its own for each test, graded once."
+    light(monkeypatch)
+    shutil.copytree(in_words.folder, tmp_path, dirs_exist_ok=True)
+    return copy.copy(in_words).at(tmp_path)
+
+
+def test_names_survive_a_spreadsheet(words):
+    words.excel(ada='1', josé='2')
+    assert words.grade() == dict(ada=1, josé=2, max=3)
+    assert words.line('josé') == ['2.0', '', ''] and len(words.lines()) == 3
+
+
+def test_a_line_of_nobody_is_kept_and_told(words):
+    words.mark(ada=1, josé=2, max=3)
+    words.hand.write_text(words.hand.read_text(encoding='utf-8').replace('josé', 'josÃ©'), encoding='utf-8')
+    for _ in range(2):
+        assert words.grade() == dict(ada=1, josé=-1, max=3)
+        assert words.line('josÃ©') == ['2.0', 'good', ''] and 'josÃ©, small, why: no such answer' in words.said
+    words.hand.write_text(words.hand.read_text(encoding='utf-8').replace('josÃ©', 'josé'), encoding='utf-8')   # as told
+    assert words.grade() == dict(ada=1, josé=2, max=3) and len(words.lines()) == 3 and 'no such' not in words.said
+
+
+def test_two_marks_for_one_answer(words):
+    words.mark(ada=1, josé=2, max=3)
+    before = words.hand.read_text(encoding='utf-8') + 'max,small,why,,4\n'
+    words.hand.write_text(before, encoding='utf-8')
+    with pytest.raises(ValueError, match=r'row \d+ \(max, why\): a second line with a mark; keep one of the two'):
+        words.grade()
+    assert words.hand.read_text(encoding='utf-8') == before
+
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'utf-16'])
+def test_a_table_in_another_encoding(words, encoding):
+    words.lines().assign(points='3').to_csv(words.hand, index=False, sep=';', encoding=encoding)
+    before = words.hand.read_bytes()
+    with pytest.raises(ValueError, match='hand.csv: .*CSV UTF-8'): words.grade()
+    assert words.hand.read_bytes() == before
+
+
+def test_a_table_of_a_colleague_goes_over_ours(words, monkeypatch):
+    words.mark(ada=1, josé=2, max=3)
+    words.grade()
+    assert words.grade(words.of_colleague(max=4)) == dict(ada=1, josé=2, max=4)
+    assert words.line('ada') == ['1.0', 'good', ''] and words.line('max') == ['4.0', 'good', '']
+    assert words.grade(words.of_colleague(max='')) == dict(ada=1, josé=2, max=4), 'what is empty blanks nothing'
+    theirs = words.of_colleague(max=2)
+    words.hand_in('max', 'anders')
+    words.grade()
+    words.mark(ada=1, josé=2, max=3)
+    assert words.grade(theirs) == dict(ada=1, josé=2, max=3), 'of a text that is no more'
+    notes = 'was marked 4 for an earlier text. good was marked 2 for an earlier text.'
+    assert words.line('max')[2] == notes
+    monkeypatch.setattr(grading, '_grader', lambda: 'another library')
+    assert words.grade(theirs) == dict(ada=1, josé=2, max=3) and words.line('max')[2] == notes
+    with pytest.raises(FileNotFoundError, match='typo.csv'): words.grade(words.folder/'typo.csv')
+    assert words.grade(words.hand) == dict(ada=1, josé=2, max=3)
+
+
+@pytest.mark.parametrize('text, points, line', [
+    ('weil Größe zählt', 1, ['1.0', 'good', '']), ('corrected', -1, ['', '', 'was marked 1 for an earlier text. good'])])
+def test_a_copy_that_comes_back_finds_its_mark(words, text, points, line):
+    words.mark(ada=1, josé=2, max=3)
+    words.grade()
+    words.leaves('ada')
+    for _ in range(2):
+        assert words.grade() == dict(josé=2, max=3)
+        assert words.line('ada') == ['1.0', 'good', ''] and 'ada, small, why: no such answer' in words.said
+    words.hand_in('ada', '*Your answer:*')
+    assert words.grade()['ada'] == 0, 'the mark is kept, it does not count'
+    assert words.line('ada') == ['1.0', 'good', '']
+    words.hand_in('ada', text)
+    assert words.grade() == dict(ada=points, josé=2, max=3) and words.line('ada') == line
+
+
+def test_a_filled_line_is_never_lost(words, monkeypatch):
+    "All that once lost a mark, one after the other."
+    nfd = lambda s: unicodedata.normalize('NFD', s)
+    def kept(**more):
+        found = words.lines().set_index('student').points
+        assert found[found != ''].astype(float).to_dict() == dict(ada=1, josé=2, max=3) | more
+    words.excel(ada='1', josé='2')
+    words.grade(), kept()
+    words.leaves('josé'), words.hand_in(nfd('josé'))   # from a Mac
+    assert words.grade() == dict(ada=1, josé=2, max=3)
+    words.leaves('ada')
+    assert words.grade(words.of_colleague(max='4')) == dict(josé=2, max=4)
+    kept(max=4)
+    monkeypatch.setattr(grading, '_grader', lambda: 'another library')
+    words.grade(), kept(max=4)
+    before = words.hand.read_text(encoding='utf-8-sig')
+    words.hand.write_text(before, encoding='cp1252', errors='replace')
+    with pytest.raises(ValueError, match='CSV UTF-8'): words.grade()
+    words.hand.write_text(before, encoding='utf-8')   # as it says
+    hand_in(words.folder/'inbox', 'max/small.ipynb', '{"cells": [')
+    assert words.grade() == dict(josé=2, max=0)
+    kept(max=4)
+    text = words.hand.read_text(encoding='utf-8')
+    words.hand.write_text(text.replace('josé', nfd('josé')), encoding='utf-8')
+    words.hand_in('ada'), words.hand_in('max')
+    assert words.grade() == dict(ada=1, josé=2, max=4) and 'no such answer' not in words.said
+    kept(max=4)
+    words.hand_in('ada', 'A second text.')
+    words.grade()
+    assert words.line('ada') == ['', '', 'was marked 1 for an earlier text.']
+    words.mark(josé=2, max=4)   # a comment alone, then a third text
+    words.hand_in('ada', 'A third text.')
+    words.grade()
+    assert words.line('ada')[2] == 'of an earlier text: good was marked 1 for an earlier text.'
+
+
+def test_what_a_message_says_leaves_no_copy_out(words):
+    "An exercise may fail with any words; copies that are missing or could not be read are left out all the same."
+    why = 'the exercise: ValueError: operands could not be broadcast together'
+    rows = [(f's{i}', 'l', 'q1', *((2, 2, '') if i > 5 else (0, 2, why)), False) for i in range(10)]
+    rows += [('t', 'l', 'q1', 0, 2, 'anything', True)]
+    table = pd.DataFrame(rows, columns=['student', 'lab', 'exercise', 'points', 'max', 'remark', 'broken']).astype(dict(points=float))
+    assert grading.questions(table)[['n', 'mean', 'missed']].values.tolist() == [[10, .4, .6]]
+    hand_in(words.folder/'inbox', 'max/small.ipynb', '{"cells": [')
+    words.mark(ada=1, josé=4)
+    words.grade()
+    scores = pd.read_csv(words.out/'scores.csv')
+    assert scores.broken.tolist() == [False, False, True]
+    assert pd.read_csv(words.out/'questions.csv')[['n', 'mean']].values.tolist() == [[2, .625]]
+
+
+def test_one_name_in_two_forms(tmp_path):
+    "macOS writes é as e and an accent."
+    nfc, nfd = (unicodedata.normalize(form, 'José Pérez') for form in ('NFC', 'NFD'))
+    hand_in(tmp_path, f'{nfc}/small.ipynb', '{}')
+    hand_in(tmp_path, f'{nfd}_00_data.ipynb', '{}')
+    with zipfile.ZipFile(tmp_path/f'{nfd}.zip', 'w') as z: z.writestr('small (1).ipynb', '{}')
+    copies, problems = collect(tmp_path, ['small', '00_data'])
+    assert [(c.student, c.lab) for c in copies] == [('José_Pérez', '00_data'), ('José_Pérez', 'small')]
+    assert list(problems) == [f'{nfc}/small.ipynb']
 
 
 def test_no_key_is_left_by_a_machine_that_cannot_grade(tmp_path, monkeypatch):

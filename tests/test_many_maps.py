@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from conftest import ROOT, python, run
-from pcam_tp.data import open_splits, subset
-from pcam_tp.many_maps import write_maps
+from pcam_tp.classifier import predict
+from pcam_tp.data import open_split, open_splits, subset, to_float
+from pcam_tp.many_maps import read_maps, split_leaderboard, write_maps
 from pcam_tp.methods import METHODS
 from pcam_tp.models import build
 from pcam_tp.questions import explainer
+from pcam_tp.release import raw_file
+from pcam_tp.synthetic import write_synthetic
 
 SCRIPT = '''
 import sys, captum.attr, torch
@@ -62,6 +65,7 @@ def test_killed_and_shared(tmp_path):
 
 def test_what_has_no_recipe_is_refused():
     generator, model, split = np.random.default_rng(0), build('small_cnn', width=.1), subset(open_splits()[2], 4)
+    predict(model, to_float(split.patches([0])))   # names the classes, and looks at the network once
     passed = []
     hook = model.register_forward_hook(lambda *a: passed.append(1))   # a hook that encloses a list is part of the network
     for chosen, word in ((dict(a=explainer(signed=True, source='mine')(lambda q: generator.random()*q.x[:, 0])), 'no description'), ({'a/b': METHODS['gradcam']}, 'slash'), ({'.': METHODS['gradcam']}, 'slash'),
@@ -71,3 +75,23 @@ def test_what_has_no_recipe_is_refused():
         with pytest.raises(ValueError, match=word): write_maps(model, split, chosen, '/nowhere')
     assert len(passed) <= 1, 'one pass names the classes; nothing was explained'
     hook.remove()
+
+
+def test_other_data_are_not_taken_for_these(tmp_path, monkeypatch):
+    "A patch or a mask that was mended in its file: maps and values are made anew, each in a folder of its own."
+    monkeypatch.setenv('PCAM_TP_HOME', str(tmp_path/'home'))
+    folder, model = write_synthetic(tmp_path/'data', dict(test=70)), build('small_cnn', width=.1)
+    def both():
+        split = open_split('test', folder)
+        maps = read_maps(write_maps(model, split, ['saliency']))[0]['saliency']
+        table = split_leaderboard(model, split, ['saliency'], ['relevance_mass'], controls=['untrained'])
+        return maps, table[(table.group == 'all') & (table.control == 'none')]['mean'].item()
+    maps, mass = both()
+    with h5py.File(raw_file(folder, 'test', 'mask'), 'r+') as f:   # only the centre is drawn now
+        centre = f['mask'][:, 32:64, 32:64]
+        f['mask'][:] = False; f['mask'][:, 32:64, 32:64] = centre
+    again, less = both()
+    assert (again == maps).all() and less < mass
+    with h5py.File(raw_file(folder, 'test', 'x'), 'r+') as f: f['x'][34] = 255 - f['x'][34]
+    other, _ = both()
+    assert (other[34] != maps[34]).any() and (np.delete(other, 34, 0) == np.delete(maps, 34, 0)).all()

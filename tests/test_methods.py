@@ -34,6 +34,14 @@ ADAPTED = dict(ig=from_captum(captum.attr.IntegratedGradients, n_steps=2), lrp=f
                score_cam=from_gradcam(pytorch_grad_cam.ScoreCAM), gradcam=from_gradcam(pytorch_grad_cam.GradCAM))
 
 
+@pytest.mark.parametrize('name', ['ig', 'score_cam'])
+def test_adapters_under_somebody_elses_autocast(name):
+    "They say that they run in 32 bits, whatever the caller has switched on."
+    model = build('small_cnn', width=.1)
+    plain = ADAPTED[name](model, X, 1)
+    with torch.autocast(X.device.type, torch.bfloat16): assert_close(ADAPTED[name](model, X, 1), plain, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_every_method_on_every_network(name):
     model, before_x = build(name), X.clone()
