@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 
 from conftest import ROOT, python, run
 from pcam_tp.classifier import predict
@@ -91,7 +92,9 @@ def test_other_data_are_not_taken_for_these(tmp_path, monkeypatch):
         centre = f['mask'][:, 32:64, 32:64]
         f['mask'][:] = False; f['mask'][:, 32:64, 32:64] = centre
     again, less = both()
-    assert (again == maps).all() and less < mass
+    near = dict(rtol=1e-4, atol=1e-6)   # sums on a card differ in their last bits
+    assert_allclose(again, maps, **near); assert less < mass
     with h5py.File(raw_file(folder, 'test', 'x'), 'r+') as f: f['x'][34] = 255 - f['x'][34]
     other, _ = both()
-    assert (other[34] != maps[34]).any() and (np.delete(other, 34, 0) == np.delete(maps, 34, 0)).all()
+    assert not np.allclose(other[34], maps[34], **near)
+    assert_allclose(np.delete(other, 34, 0), np.delete(maps, 34, 0), **near)
