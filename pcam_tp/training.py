@@ -316,7 +316,8 @@ def resume(self:_Run, file):
     if differ:
         raise ValueError(f"{file} belongs to a run with another {', '.join(differ)}: "
                          'delete it or give another checkpoint')
-    for k, part in self.parts().items(): part.load_state_dict(state[k])
+    for k, part in self.parts().items():
+        if k in state: part.load_state_dict(state[k])   # a machine without fp16 has kept no scale
     self.history, self.best = state['history'], state['best']
 
 # %% ../nbs/foundation/14_training.ipynb #521e325c

@@ -164,5 +164,9 @@ with mock.patch.object(_Run, 'epoch', stops):
     except KeyboardInterrupt: pass
 assert torch.load(made/'cut', weights_only=True)['scaler']['_growth_tracker'] == 4, 'one epoch of four steps'
 assert run('cut')['scaler'] == whole and whole['_growth_tracker'] == 12, whole
-assert 'scaler' not in run('bf16', 'bf16')
+with mock.patch.object(_Run, 'epoch', stops):
+    try: run('bf16', 'bf16')
+    except KeyboardInterrupt: pass
+assert 'scaler' not in torch.load(made/'bf16', weights_only=True)
+assert run('bf16')['scaler']['_growth_tracker'] == 8, 'two epochs on a GPU that has float16 only'
 ''', env=ON | {'FAKE_CUDA_JITTER': '0'})
