@@ -474,7 +474,7 @@ def compare_maps(
 # %% ../nbs/foundation/06_plots.ipynb #ac45346e
 def _map_titles(maps, stats, stat_name, first):
     "Titles of all panels (i, j): `first` above the patches, method and statistic above each map, wrapped to its width."
-    def number(v): return '–' if np.isnan(v) else f'{v:.2f}'.replace('-', '−')
+    def number(v): return '–' if np.isnan(v) else f'{round(v, 2) + 0:.2f}'.replace('-', '−')   # + 0: no −0.00
     def title(k, i):
         name = textwrap.fill(k, 18, break_long_words=False)
         return f'{name}\n{_wrap(f"{stat_name} {number(stats[k][i])}".strip())}' if k in stats else name
