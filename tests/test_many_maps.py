@@ -92,7 +92,7 @@ def test_other_data_are_not_taken_for_these(tmp_path, monkeypatch):
         centre = f['mask'][:, 32:64, 32:64]
         f['mask'][:] = False; f['mask'][:, 32:64, 32:64] = centre
     again, less = both()
-    near = dict(rtol=1e-4, atol=1e-6)   # sums on a card differ in their last bits
+    near = dict(rtol=1e-4, atol=1e-8) if torch.cuda.is_available() else dict(rtol=0, atol=0)   # a card sums otherwise
     assert_allclose(again, maps, **near); assert less < mass
     with h5py.File(raw_file(folder, 'test', 'x'), 'r+') as f: f['x'][34] = 255 - f['x'][34]
     other, _ = both()
