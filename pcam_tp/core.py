@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, get_native_id
 from types import SimpleNamespace
 
 import numpy as np
@@ -336,32 +336,84 @@ def sleep_when_idle():
         _park(ctypes.CDLL(path), os.cpu_count() + 1)
 
 # %% ../nbs/foundation/00_core.ipynb #94d5c320
-def busy_share(
-    seconds:float=.1 # how long to look
-) -> float: # 0 to 1; 0 where the system does not tell
-    "Share of the processors of this process that work while this thread looks on, for whomever (Linux)."
+def _others():
+    "Seconds that others have worked so far on a processor of this process, on average; 0 where the system is silent."
     stat = Path('/proc/stat')
     if not stat.exists(): return 0.
     mine = {f'cpu{i}' for i in os.sched_getaffinity(0)}
-    rows = lambda: [l.split()[:9] for l in stat.read_text().splitlines()]
-    ticks = lambda: sum((np.array(r[1:], float) for r in rows() if r[0] in mine), np.zeros(8))
-    before = ticks()
-    time.sleep(seconds)
-    spent = ticks() - before
-    idle = spent[3:5].sum()   # idle, and idle until a disk answers
-    return float(1 - idle/spent.sum()) if spent.sum() else 0.
+    rows = [l.split() for l in stat.read_text().splitlines()]
+    ticks = sum(int(t) for name, *times in rows if name in mine for t in times[:3])   # user, nice, system
+    return (ticks/os.sysconf('SC_CLK_TCK') - time.process_time())/len(mine)
 
-_looked = -np.inf
+def _threads():
+    "Of each thread of this process: the ticks that it has worked so far, and the processor that ran it last (Linux)."
+    found = {}
+    for file in Path('/proc/self/task').glob('*/stat'):
+        with contextlib.suppress(OSError):   # it has just ended
+            fields = file.read_text().rpartition(')')[2].split()
+            found[int(file.parent.name)] = int(fields[11]) + int(fields[12]), int(fields[36])
+    return found
+
+def _look(): return SimpleNamespace(clock=time.monotonic(), others=_others(), threads=_threads())
+
+def _share(a, b):
+    "Share of the processors that others used between two looks."
+    return min(1., max(0., (b.others - a.others)/(b.clock - a.clock)))
+
+# %% ../nbs/foundation/00_core.ipynb #9f998371
+def busy_share(
+    seconds:float=.1 # how long to look
+) -> float: # 0 to 1; 0 where the system does not tell
+    "Share of the processors of this process that others use while this thread looks on (Linux)."
+    start = _look()
+    time.sleep(seconds)
+    return _share(start, _look())
+
+# %% ../nbs/foundation/00_core.ipynb #5b199232
+def _moves(before, now):
+    "Which threads go to which processor: those that share one with another of the team that worked since `before`."
+    worked = {t: ticks - before.get(t, (0,))[0] for t, (ticks, _) in now.items()}
+    me = get_native_id()
+    mates = sorted((t for t in now if t != me and worked[t]), key=worked.get)[::-1][:torch.get_num_threads() - 1]
+    cpu = {t: now[t][1] for t in [me, *mates]}
+    free, taken, moves = os.sched_getaffinity(0) - set(cpu.values()), {cpu[me]}, {}
+    for t in mates:
+        allowed = free & os.sched_getaffinity(t)
+        if cpu[t] in taken and allowed:
+            moves[t] = min(allowed)
+            free.remove(moves[t])
+        taken.add(cpu[t])
+    return moves
+
+def _part(moves):
+    "Threads work once on the processors where they should go, and are free again: the system leaves them there."
+    free = {t: os.sched_getaffinity(t) for t in moves}
+    try:
+        for t, cpu in moves.items(): os.sched_setaffinity(t, {cpu})
+        torch.ones(torch.get_num_threads()*2**16, dtype=torch.float32, device='cpu').add_(1)
+    finally:
+        for t, cpus in free.items(): os.sched_setaffinity(t, cpus)
+
+# %% ../nbs/foundation/00_core.ipynb #d00ad47f
+_seen = None   # at the last look
 
 def give_way(
-    limit:float=.2, # share of the processors that work while this thread waits
-    every:float=10. # seconds: who looked less long ago does not look again
+    limit:float=.2, # share of the processors that others use
+    every:float=5. # seconds: who looked less long ago does not look again
 ):
-    "Let waiting threads sleep from now on, if others use this machine; on a quiet one spinning is faster."
-    global _looked
-    if torch.get_num_threads() == 1 or time.monotonic() - _looked < every: return
-    _looked = time.monotonic()
-    if busy_share() > limit: sleep_when_idle()
+    "If others use this machine, waiting threads sleep from now on, and those that share a processor part (Linux)."
+    global _seen
+    if torch.get_num_threads() == 1: return
+    age = time.monotonic() - _seen.clock if _seen else float('inf')
+    if age < every: return
+    if age > 60:
+        _seen = _look()
+        time.sleep(.1)
+    before, _seen = _seen, _look()
+    if _share(before, _seen) < limit: return
+    sleep_when_idle()
+    with contextlib.suppress(OSError):   # a thread has just ended, or may not move
+        _part(_moves(before.threads, _seen.threads))
 
 # %% ../nbs/foundation/00_core.ipynb #8cc5562b
 def _seconds(f, device, repeats=7, limit=float('inf')):

@@ -269,10 +269,10 @@ def look(self:_Run):
 def epoch(self:_Run, bar):
     "One pass over the batches; the mean training loss."
     self.model.train()
-    give_way()   # somebody may have come
     self.reseed()
     self.batches.epoch, total = len(self.history), 0.
     for x, y in self.batches:
+        give_way()   # somebody may have come
         total = total + self.step(x, y)
         bar.update()
     return self.accelerator.reduce(total/len(self.batches), 'mean').item()

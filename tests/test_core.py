@@ -1,5 +1,6 @@
 "What foundation/00_core cannot show in one process: writers that are killed, two makers, folders by environment."
-import builtins, contextlib, os, signal, subprocess, sys
+import builtins, contextlib, os, re, signal, subprocess, sys, threading, time
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +118,7 @@ print(before, idle_ms(), len(os.listdir('/proc/self/task')))
 '''
 
 
+needs_linux = pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs Linux')
 TWO = len(getattr(os, 'sched_getaffinity', lambda _: [0])(0)) > 1
 
 
@@ -136,15 +138,16 @@ import torch
 from pcam_tp import core
 torch.set_num_threads(2)
 threads = lambda: len(os.listdir('/proc/self/task'))
-core.busy_share = lambda: 0.
+parted = []
+core._share, core._moves, core._part = lambda a, b: 0., lambda before, now: min(before), parted.append
 start = threads()
 core.give_way()
 quiet = threads() - start
-core.busy_share = lambda: .5
+core._share = lambda a, b: .5
 core.give_way()   # it has just looked
 again = threads() - start
 core.give_way(every=0)
-print(quiet, again, threads() - start)
+print(quiet, again, threads() - start, *parted, os.getpid())
 '''
 
 
@@ -152,8 +155,8 @@ print(quiet, again, threads() - start)
 def test_threads_sleep_where_others_work():
     "A quiet machine is left to spin; a busy one is seen, and gets its processors back."
     env = {k: v for k, v in os.environ.items() if k not in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
-    quiet, again, parked = map(int, python(BUSY, env=env).stdout.split())
-    assert quiet == again == 0 and parked > os.cpu_count()
+    quiet, again, parked, *parted, pid = map(int, python(BUSY, env=env).stdout.split())
+    assert quiet == again == 0 and parked > os.cpu_count() and parted == [pid]   # the main thread
     workers = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(os.cpu_count())]
     try: assert max(core.busy_share(.3) for _ in range(5)) > .8
     finally:
@@ -166,6 +169,64 @@ def test_who_does_not_tell_is_not_busy(monkeypatch, tmp_path):
         (tmp_path/'stat').write_text(text)
         monkeypatch.setattr(core, 'Path', lambda p: tmp_path/'stat')
         assert core.busy_share(0) == 0
+
+
+@needs_linux
+def test_own_work_is_not_that_of_others(monkeypatch, tmp_path):
+    "Five seconds that two processors worked, three of them for us, are one second of others on each."
+    (tmp_path/'stat').write_text('cpu 9 9 9 9\ncpu0 100 50 50 900 9 9\ncpu1 300 0 0 9 9 9\ncpu2 9 9 9 9 9 9\n')
+    monkeypatch.setattr(core, 'Path', lambda p: tmp_path/'stat')
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda t: {0, 1})
+    monkeypatch.setattr(os, 'sysconf', lambda name: 100)
+    monkeypatch.setattr(time, 'process_time', lambda: 3.)
+    assert core._others() == 1
+
+
+@needs_linux
+@pytest.mark.parametrize('processors, expected', {
+    (0, 0): {1: 1},                # two threads on the same: one goes
+    (0, 1): {},                    # each has its own
+    (0, 2, 2, 1): {2: 3},          # neither stays in the way of the first, nor of a third
+    (0, 0, 0, 0): {1: 1, 2: 2, 3: 3},
+    (3, 3, 0, 1): {1: 2}}.items())
+def test_threads_that_share_a_processor_part(monkeypatch, processors, expected):
+    "The first of `processors` runs this thread, its team the others; of two bystanders one worked before, one little."
+    me, n = threading.get_native_id(), len(processors)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: n)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda t: set(range(n + 1)))
+    now = {me: (90, processors[0]), **{t: (50 - t, processors[t]) for t in range(1, n)}}
+    bystanders = {1_000: (80, processors[0]), 1_001: (1, processors[0])}
+    assert core._moves({1_000: (80, 0)}, now | bystanders) == expected
+
+
+@needs_linux
+def test_who_may_not_move_stays(monkeypatch):
+    "A thread that its user has bound to a processor, or that does nothing; everybody where no processor is free."
+    me = threading.get_native_id()
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+    together = {me: (9, 0), 1: (9, 0)}
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda t: {0, 1})
+    assert core._moves({}, together) == {1: 1} and core._moves(together, together) == {}
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda t: {0} if t == 1 else {0, 1})
+    assert core._moves({}, together) == {}
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda t: {0})
+    assert core._moves({}, together) == {}
+
+
+@pytest.mark.skipif(not TWO, reason='needs two processors')
+@needs_linux
+def test_threads_are_free_after_they_parted(monkeypatch):
+    "A thread works where it was sent, and may run everywhere again, even if the work is interrupted."
+    allowed, stop, ids = os.sched_getaffinity(0), threading.Event(), []
+    thread = threading.Thread(target=lambda: (ids.append(threading.get_native_id()), stop.wait()))
+    thread.start()
+    while not ids: time.sleep(.01)
+    def interrupted(*a, **k): raise KeyboardInterrupt(os.sched_getaffinity(ids[0]))
+    monkeypatch.setattr(torch, 'ones', interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt, match=re.escape(str({max(allowed)}))): core._part({ids[0]: max(allowed)})
+        assert os.sched_getaffinity(ids[0]) == allowed
+    finally: stop.set()
 
 
 def test_no_name_hides_another():

@@ -269,6 +269,13 @@ def test_training_leaves_cudnn_on():
     assert seen == {(True, False, True)} and cudnn.enabled
 
 
+def test_every_step_looks_for_others(monkeypatch):
+    looks, few = [], (subset(open_split('train'), 32), subset(open_split('valid'), 8))
+    monkeypatch.setattr(training, 'give_way', lambda: looks.append(1))
+    training.train(build('small_cnn', width=.1), *few, 3, batch_size=8, device='cpu', precision='no')
+    assert len(looks) == 3*4
+
+
 def test_a_checkpoint_of_numpys_numbers_goes_on(tmp_path):
     "A rate from `np.logspace`, weights as an array or a tensor: what `torch.load` reads is plain."
     few = subset(open_split('train'), 32), subset(open_split('valid'), 8)
