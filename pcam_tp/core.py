@@ -392,7 +392,8 @@ def _part(moves):
         for t, cpu in moves.items(): os.sched_setaffinity(t, {cpu})
         torch.ones(torch.get_num_threads()*2**16, dtype=torch.float32, device='cpu').add_(1)
     finally:
-        for t, cpus in free.items(): os.sched_setaffinity(t, cpus)
+        for t, cpus in free.items():
+            with contextlib.suppress(OSError): os.sched_setaffinity(t, cpus)   # it has just ended
 
 # %% ../nbs/foundation/00_core.ipynb #d00ad47f
 _seen = None   # at the last look
