@@ -6,8 +6,8 @@
 __all__ = ['BUDGETS', 'progress', 'assets_address', 'lose_assets', 'using', 'source', 'budget', 'sizes', 'home', 'run_name',
            'processes', 'wait_for_all', 'atomic', 'lock', 'make_once', 'fingerprint', 'picture', 'save_figure',
            'save_table', 'file_hash', 'best_device', 'page_faults', 'keep_memory', 'idle_ms', 'sleep_when_idle',
-           'busy_share', 'give_way', 'fastest_precision', 'best_batch_size', 'Setup', 'set_seed', 'setup', 'trying',
-           'plain']
+           'busy_share', 'give_way', 'beside_others', 'fastest_precision', 'best_batch_size', 'Setup', 'set_seed',
+           'setup', 'trying', 'plain']
 
 # %% ../nbs/foundation/00_core.ipynb #15ad27af
 import contextlib, ctypes, hashlib, io, json, os, platform, random, shutil, time, traceback, uuid
@@ -369,41 +369,41 @@ def busy_share(
     time.sleep(seconds)
     return _share(start, _look())
 
+# %% ../nbs/foundation/00_core.ipynb #786234e6
+def _masks(threads):
+    "The processors that each of these threads may use."
+    found = {}
+    for t in threads:
+        with contextlib.suppress(OSError): found[t] = os.sched_getaffinity(t)   # it has ended
+    return found
+
+def _bind(masks):
+    for t, cpus in masks.items():
+        with contextlib.suppress(OSError): os.sched_setaffinity(t, cpus)   # it has ended, or may not be bound
+
 # %% ../nbs/foundation/00_core.ipynb #5b199232
-def _moves(before, now):
-    "Which threads go to which processor: those that share one with another of the team that worked since `before`."
+def _places(before, now):
+    "A processor for each thread of the team that has worked since `before`: the one that ran it last, else a free one."
     worked = {t: ticks - before.get(t, (0,))[0] for t, (ticks, _) in now.items()}
     me = get_native_id()
     mates = sorted((t for t in now if t != me and worked[t]), key=worked.get)[::-1][:torch.get_num_threads() - 1]
-    cpu = {t: now[t][1] for t in [me, *mates]}
-    free, taken, moves = os.sched_getaffinity(0) - set(cpu.values()), {cpu[me]}, {}
-    for t in mates:
-        allowed = free & os.sched_getaffinity(t)
-        if cpu[t] in taken and allowed:
-            moves[t] = min(allowed)
-            free.remove(moves[t])
-        taken.add(cpu[t])
-    return moves
-
-def _part(moves):
-    "Threads work once on the processors where they should go, and are free again: the system leaves them there."
-    free = {t: os.sched_getaffinity(t) for t in moves}
-    try:
-        for t, cpu in moves.items(): os.sched_setaffinity(t, {cpu})
-        torch.ones(torch.get_num_threads()*2**16, dtype=torch.float32, device='cpu').add_(1)
-    finally:
-        for t, cpus in free.items():
-            with contextlib.suppress(OSError): os.sched_setaffinity(t, cpus)   # it has just ended
+    last = {t: now[t][1] for t in [me, *mates]} if mates else {}
+    masks, free, places = _masks(last), os.sched_getaffinity(0) - set(last.values()), {}
+    for t, cpu in last.items():
+        allowed = (free if cpu in places.values() else {cpu}) & masks.get(t, set())
+        if allowed: places[t] = min(allowed)
+        free -= allowed and {places[t]}
+    return places
 
 # %% ../nbs/foundation/00_core.ipynb #d00ad47f
-_seen = None   # at the last look
+_seen, _team = None, {}   # at the last look; where threads keep to while others are here
 
 def give_way(
     limit:float=.2, # share of the processors that others use
     every:float=5. # seconds: who looked less long ago does not look again
 ):
-    "If others use this machine, waiting threads sleep from now on, and those that share a processor part (Linux)."
-    global _seen
+    "Look for others; where they use this machine, waiting threads sleep from now on. See `beside_others` (Linux)."
+    global _seen, _team
     if torch.get_num_threads() == 1: return
     age = time.monotonic() - _seen.clock if _seen else float('inf')
     if age < every: return
@@ -411,10 +411,21 @@ def give_way(
         _seen = _look()
         time.sleep(.1)
     before, _seen = _seen, _look()
+    _team = {}
     if _share(before, _seen) < limit: return
     sleep_when_idle()
-    with contextlib.suppress(OSError):   # a thread has just ended, or may not move
-        _part(_moves(before.threads, _seen.threads))
+    _team = _places(before.threads, _seen.threads)
+
+@contextlib.contextmanager
+def beside_others():
+    "A step of parallel work: while others use this machine, each thread keeps to a processor of its own (Linux)."
+    give_way()
+    places = _team if get_native_id() in _team else {}
+    free = _masks(places)
+    try:
+        _bind({t: {places[t]} for t in free})
+        yield
+    finally: _bind(free)
 
 # %% ../nbs/foundation/00_core.ipynb #8cc5562b
 def _seconds(f, device, repeats=7, limit=float('inf')):

@@ -8,6 +8,7 @@ __all__ = ['RECIPE', 'turn', 'augment', 'predict_split', 'labels_for', 'train', 
 
 # %% ../nbs/foundation/14_training.ipynb #45b7e4a4
 import copy, re, time
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from .classifier import Classifier, autocast, evaluating, predict
-from .core import atomic, best_device, fastest_precision, give_way, progress, sizes
+from .core import atomic, beside_others, best_device, fastest_precision, progress, sizes
 from .data import Batches, Split, split_id, to_float
 from .stats import auc_interval, calibration_interval, interval, macro_auc, nll, roc_auc
 from .synthetic import colour_features
@@ -270,10 +271,10 @@ def epoch(self:_Run, bar):
     "One pass over the batches; the mean training loss."
     self.model.train()
     self.reseed()
+    beside = beside_others if self.device.type == 'cpu' else nullcontext   # somebody may come
     self.batches.epoch, total = len(self.history), 0.
     for x, y in self.batches:
-        give_way()   # somebody may have come
-        total = total + self.step(x, y)
+        with beside(): total = total + self.step(x, y)
         bar.update()
     return self.accelerator.reduce(total/len(self.batches), 'mean').item()
 

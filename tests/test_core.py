@@ -1,5 +1,5 @@
 "What foundation/00_core cannot show in one process: writers that are killed, two makers, folders by environment."
-import builtins, contextlib, os, re, signal, subprocess, sys, threading, time
+import builtins, contextlib, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
@@ -138,8 +138,7 @@ import torch
 from pcam_tp import core
 torch.set_num_threads(2)
 threads = lambda: len(os.listdir('/proc/self/task'))
-parted = []
-core._share, core._moves, core._part = lambda a, b: 0., lambda before, now: min(before), parted.append
+core._share, core._places = lambda a, b: 0., lambda before, now: {min(now): 0}
 start = threads()
 core.give_way()
 quiet = threads() - start
@@ -147,7 +146,7 @@ core._share = lambda a, b: .5
 core.give_way()   # it has just looked
 again = threads() - start
 core.give_way(every=0)
-print(quiet, again, threads() - start, *parted, os.getpid())
+print(quiet, again, threads() - start, *core._team, os.getpid())
 '''
 
 
@@ -155,8 +154,8 @@ print(quiet, again, threads() - start, *parted, os.getpid())
 def test_threads_sleep_where_others_work():
     "A quiet machine is left to spin; a busy one is seen, and gets its processors back."
     env = {k: v for k, v in os.environ.items() if k not in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
-    quiet, again, parked, *parted, pid = map(int, python(BUSY, env=env).stdout.split())
-    assert quiet == again == 0 and parked > os.cpu_count() and parted == [pid]   # the main thread
+    quiet, again, parked, *team, pid = map(int, python(BUSY, env=env).stdout.split())
+    assert quiet == again == 0 and parked > os.cpu_count() and team == [pid]   # the main thread
     workers = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(os.cpu_count())]
     try: assert max(core.busy_share(.3) for _ in range(5)) > .8
     finally:
@@ -184,49 +183,57 @@ def test_own_work_is_not_that_of_others(monkeypatch, tmp_path):
 
 @needs_linux
 @pytest.mark.parametrize('processors, expected', {
-    (0, 0): {1: 1},                # two threads on the same: one goes
-    (0, 1): {},                    # each has its own
-    (0, 2, 2, 1): {2: 3},          # neither stays in the way of the first, nor of a third
-    (0, 0, 0, 0): {1: 1, 2: 2, 3: 3},
-    (3, 3, 0, 1): {1: 2}}.items())
-def test_threads_that_share_a_processor_part(monkeypatch, processors, expected):
+    (0, 0): (0, 1),          # two threads on the same: one goes
+    (0, 1): (0, 1),          # each has its own
+    (0, 2, 2, 1): (0, 2, 3, 1),
+    (0, 0, 0, 0): (0, 1, 2, 3),
+    (3, 3, 0, 1): (3, 2, 0, 1)}.items())
+def test_each_thread_of_a_team_has_its_processor(monkeypatch, processors, expected):
     "The first of `processors` runs this thread, its team the others; of two bystanders one worked before, one little."
     me, n = threading.get_native_id(), len(processors)
     monkeypatch.setattr(torch, 'get_num_threads', lambda: n)
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda t: set(range(n + 1)))
-    now = {me: (90, processors[0]), **{t: (50 - t, processors[t]) for t in range(1, n)}}
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda t: set(range(n)))
+    now = {t: (50 - t, processors[t]) for t in range(1, n)} | {me: (90, processors[0])}
     bystanders = {1_000: (80, processors[0]), 1_001: (1, processors[0])}
-    assert core._moves({1_000: (80, 0)}, now | bystanders) == expected
+    assert core._places({1_000: (80, 0)}, now | bystanders) == dict(zip([me, *range(1, n)], expected))
 
 
 @needs_linux
-def test_who_may_not_move_stays(monkeypatch):
-    "A thread that its user has bound to a processor, or that does nothing; everybody where no processor is free."
-    me = threading.get_native_id()
+def test_who_has_no_processor_of_its_own(monkeypatch):
+    "A thread that works alone; one that its user has bound; one too many; one that has ended."
+    me, together = threading.get_native_id(), {threading.get_native_id(): (9, 0), 1: (9, 0)}
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
-    together = {me: (9, 0), 1: (9, 0)}
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda t: {0, 1})
-    assert core._moves({}, together) == {1: 1} and core._moves(together, together) == {}
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda t: {0} if t == 1 else {0, 1})
-    assert core._moves({}, together) == {}
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda t: {0})
-    assert core._moves({}, together) == {}
+    def allow(masks): monkeypatch.setattr(os, 'sched_getaffinity', lambda t: masks[t])
+    allow({0: {0, 1}, me: {0, 1}, 1: {0, 1}})
+    assert core._places({}, together) == {me: 0, 1: 1} and core._places(together, together) == {}
+    allow({0: {0, 1}, me: {0, 1}, 1: {0}})
+    assert core._places({}, together) == {me: 0}
+    allow({0: {0}, me: {0}, 1: {0}})
+    assert core._places({}, together) == {me: 0}
+    def ended(t):
+        if t == 1: raise ProcessLookupError
+        return {0, 1}
+    monkeypatch.setattr(os, 'sched_getaffinity', ended)
+    assert core._places({}, together) == {me: 0}
 
 
 @pytest.mark.skipif(not TWO, reason='needs two processors')
 @needs_linux
-def test_threads_are_free_after_they_parted(monkeypatch):
-    "A thread works where it was sent, and may run everywhere again, even if the work is interrupted."
-    allowed, stop, ids = os.sched_getaffinity(0), threading.Event(), []
-    thread = threading.Thread(target=lambda: (ids.append(threading.get_native_id()), stop.wait()))
-    thread.start()
-    while not ids: time.sleep(.01)
-    def interrupted(*a, **k): raise KeyboardInterrupt(os.sched_getaffinity(ids[0]))
-    monkeypatch.setattr(torch, 'ones', interrupted)
-    try:
-        with pytest.raises(KeyboardInterrupt, match=re.escape(str({max(allowed)}))): core._part({ids[0]: max(allowed)})
-        assert os.sched_getaffinity(ids[0]) == allowed
-    finally: stop.set()
+def test_threads_are_bound_inside_the_block_alone(monkeypatch):
+    "This thread and one that has ended keep to a processor, and are free again, even if the work is interrupted."
+    monkeypatch.setattr(core, 'give_way', lambda: None)
+    ended, allowed = threading.Thread(target=int), os.sched_getaffinity(0)
+    ended.start(); ended.join()
+    def inside(team):
+        monkeypatch.setattr(core, '_team', team)
+        with contextlib.suppress(KeyboardInterrupt), core.beside_others():
+            bound = os.sched_getaffinity(0)
+            raise KeyboardInterrupt
+        assert os.sched_getaffinity(0) == allowed
+        return bound
+    me, last = threading.get_native_id(), max(allowed)
+    assert inside({ended.native_id: last, me: last}) == {last}
+    assert inside({me + 1: last}) == inside({}) == allowed   # somebody else's team, or nobody beside us
 
 
 def test_no_name_hides_another():
