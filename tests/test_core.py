@@ -192,7 +192,7 @@ def test_each_thread_of_a_team_has_its_processor(monkeypatch, processors, expect
     "The first of `processors` runs this thread, its team the others; of two bystanders one worked before, one little."
     me, n = threading.get_native_id(), len(processors)
     monkeypatch.setattr(torch, 'get_num_threads', lambda: n)
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda t: set(range(n)))
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda t: set(range(n + 1)))
     now = {t: (50 - t, processors[t]) for t in range(1, n)} | {me: (90, processors[0])}
     bystanders = {1_000: (80, processors[0]), 1_001: (1, processors[0])}
     assert core._places({1_000: (80, 0)}, now | bystanders) == dict(zip([me, *range(1, n)], expected))
@@ -220,20 +220,23 @@ def test_who_has_no_processor_of_its_own(monkeypatch):
 @pytest.mark.skipif(not TWO, reason='needs two processors')
 @needs_linux
 def test_threads_are_bound_inside_the_block_alone(monkeypatch):
-    "This thread and one that has ended keep to a processor, and are free again, even if the work is interrupted."
+    "Threads of the team keep to a processor, and are free again, even if one has ended or the work is interrupted."
     monkeypatch.setattr(core, 'give_way', lambda: None)
-    ended, allowed = threading.Thread(target=int), os.sched_getaffinity(0)
-    ended.start(); ended.join()
-    def inside(team):
-        monkeypatch.setattr(core, '_team', team)
+    ended, other, stop = threading.Thread(target=int), threading.Thread(target=lambda: stop.wait()), threading.Event()
+    ended.start(); ended.join(); other.start()
+    me, allowed, last = threading.get_native_id(), os.sched_getaffinity(0), max(os.sched_getaffinity(0))
+    masks = lambda: [os.sched_getaffinity(t) for t in (me, other.native_id)]
+    def inside(*team):
+        monkeypatch.setattr(core, '_team', dict.fromkeys(team, last))
         with contextlib.suppress(KeyboardInterrupt), core.beside_others():
-            bound = os.sched_getaffinity(0)
+            bound = masks()
             raise KeyboardInterrupt
-        assert os.sched_getaffinity(0) == allowed
+        assert masks() == [allowed, allowed]
         return bound
-    me, last = threading.get_native_id(), max(allowed)
-    assert inside({ended.native_id: last, me: last}) == {last}
-    assert inside({me + 1: last}) == inside({}) == allowed   # somebody else's team, or nobody beside us
+    try:
+        assert inside(ended.native_id, me, other.native_id) == [{last}, {last}]
+        assert inside(other.native_id) == inside() == [allowed, allowed]   # somebody else's team, or nobody beside us
+    finally: stop.set()
 
 
 def test_no_name_hides_another():
