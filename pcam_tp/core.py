@@ -416,6 +416,7 @@ def give_way(
     sleep_when_idle()
     _team = _places(before.threads, _seen.threads)
 
+# %% ../nbs/foundation/00_core.ipynb #4a5227a6
 @contextlib.contextmanager
 def beside_others():
     "A step of parallel work: while others use this machine, each thread keeps to a processor of its own (Linux)."
