@@ -342,7 +342,7 @@ def _others():
     if not stat.exists(): return 0.
     mine = {f'cpu{i}' for i in os.sched_getaffinity(0)}
     rows = [l.split() for l in stat.read_text().splitlines()]
-    ticks = sum(int(t) for name, *times in rows if name in mine for t in times[:3])   # user, nice, system
+    ticks = sum(int(t) for name, *times in rows if name in mine for t in times[:3] + times[5:8])   # all but idle
     return (ticks/os.sysconf('SC_CLK_TCK') - time.process_time())/len(mine)
 
 def _threads():

@@ -173,7 +173,7 @@ def test_who_does_not_tell_is_not_busy(monkeypatch, tmp_path):
 @needs_linux
 def test_own_work_is_not_that_of_others(monkeypatch, tmp_path):
     "Five seconds that two processors worked, three of them for us, are one second of others on each."
-    (tmp_path/'stat').write_text('cpu 9 9 9 9\ncpu0 100 50 50 900 9 9\ncpu1 300 0 0 9 9 9\ncpu2 9 9 9 9 9 9\n')
+    (tmp_path/'stat').write_text('cpu 9 9 9\ncpu0 100 50 50 900 9 0 0 0 9\ncpu1 100 0 0 9 9 50 50 100 9\ncpu2 9 9\n')
     monkeypatch.setattr(core, 'Path', lambda p: tmp_path/'stat')
     monkeypatch.setattr(os, 'sched_getaffinity', lambda t: {0, 1})
     monkeypatch.setattr(os, 'sysconf', lambda name: 100)
